@@ -1,0 +1,81 @@
+"""The self-correction metrics of Section 3 and the edit-distance ratio of Section 4, one value per rollout."""
+
+from collections.abc import Sequence
+
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+
+
+def self_correction_values(correct: Tensor) -> dict[str, Tensor]:
+    r"""
+    The metrics of Section 3 as one value per rollout; a metric is the mean of its values.
+
+    - `accuracy_t{k}`: attempt $k$ is right.
+    - `delta_t{k}_t{k+1}`: the change from one attempt to the next; with more than two attempts also from the first to the
+      last.
+    - `delta_i_to_c`, `delta_c_to_i`: the first attempt is wrong and the last right, and the reverse. Both are shares of all
+      rollouts, so their difference is the change from the first attempt to the last.
+
+    Args:
+        correct (`torch.Tensor` of shape `(B, K)`):
+            1 for a right attempt, 0 for a wrong one, NaN for one that could not be graded.
+
+    Returns:
+        `dict[str, torch.Tensor]`: values of shape `(n,)`, where the `n <= B` rollouts are those in which all attempts that
+        the metric compares were graded.
+
+    Example:
+    ```python
+    >>> values = self_correction_values(torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
+    >>> {name: value.mean().item() for name, value in values.items()}
+    {'accuracy_t1': 0.5, 'accuracy_t2': 0.75, 'delta_t1_t2': 0.25, 'delta_i_to_c': 0.5, 'delta_c_to_i': 0.25}
+    ```
+    """
+    attempts = range(1, correct.size(1) + 1)
+    values = {f"accuracy_t{k}": correct[:, k - 1] for k in attempts}
+    for k in attempts[:-1]:
+        values[f"delta_t{k}_t{k + 1}"] = correct[:, k] - correct[:, k - 1]
+    delta = correct[:, -1] - correct[:, 0]
+    values[f"delta_t1_t{len(attempts)}"] = delta
+    values["delta_i_to_c"] = delta.clamp(min=0)
+    values["delta_c_to_i"] = (-delta).clamp(min=0)
+    return {name: value[~value.isnan()] for name, value in values.items()}
+
+
+def edit_distance_ratio(first: Sequence, second: Sequence) -> float:
+    """
+    Edit distance between two attempts over the sum of their lengths (Section 4): 0 for equal attempts, at most 1.
+
+    Args:
+        first (`Sequence`):
+            Token ids, or text.
+        second (`Sequence`):
+            Token ids, or text.
+
+    Example:
+    ```python
+    >>> edit_distance_ratio([1, 2, 3], [1, 2, 4])
+    0.16666666666666666
+    ```
+    """
+    total = len(first) + len(second)
+    return Levenshtein.distance(first, second) / total if total else 0.0
+
+
+def attempt_changes(attempts: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """
+    How much attempts differ from the one before, averaged over the neighbours of a rollout.
+
+    Args:
+        attempts (`Sequence`):
+            `B` rollouts of `K` attempts, each a sequence of token ids.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 2)`: [`edit_distance_ratio`], and the share of attempts that differ at all.
+    """
+    rows = []
+    for rollout in attempts:
+        ratios = [edit_distance_ratio(first, second) for first, second in zip(rollout, rollout[1:], strict=False)]
+        rows.append([sum(ratios) / len(ratios), sum(ratio > 0 for ratio in ratios) / len(ratios)])
+    return torch.tensor(rows)

@@ -1,0 +1,231 @@
+r"""
+The mathematics of SCoRe: Eqs. 1-4 and the bonus of Section 5.2 of [Training Language Models to Self-Correct via
+Reinforcement Learning](https://huggingface.co/papers/2409.12917), tensors in, tensors out.
+
+Shapes: `B` rollouts, `K` attempts in each, `T` tokens after the prompt. Attempts are numbered from 1, and column
+`k - 1` of a `(B, K)` tensor belongs to attempt `k`. One integer tensor `attempt_ids` of shape `(B, T)` says which
+tokens are whose: `k` at the tokens of attempt `k`, 0 at instruction and padding.
+
+The loss that `SCoReTrainer` minimizes is, with these functions' results spread over the tokens,
+
+$$- \sum_k A_k \log \pi(y_k \mid x_k) + \sum_k w_k \, \mathrm{KL}(\pi(\cdot \mid x_k) \,\|\, \pi_\mathrm{ref}(\cdot \mid x_k))$$
+
+with $A$ = [`leave_one_out_advantages`] of the [`shaped_rewards`] and $w$ = [`kl_weights`].
+"""
+
+import torch
+from torch import Tensor
+
+
+def resolve_stage1_steps(stage1_steps: float, max_steps: int) -> int:
+    """
+    Number of optimizer steps of Stage I.
+
+    Args:
+        stage1_steps (`float`):
+            Steps, or a share of `max_steps` if below 1.
+        max_steps (`int`):
+            Optimizer steps of the whole run.
+
+    Returns:
+        `int`: between 0 (Stage II only) and any number (Stage I only from `max_steps` on).
+    """
+    return round(stage1_steps * max_steps) if stage1_steps < 1 else int(stage1_steps)
+
+
+def stage_at(step: int, stage1_steps: int, num_attempts: int = 2) -> tuple[int, int]:
+    """
+    The stage of an optimizer step, and the attempt that Stage I trains. Stage I takes the attempts 2 .. N in turn, in
+    equal shares of its steps (Appendix A.1; for two attempts there is one turn).
+
+    Args:
+        step (`int`):
+            Optimizer steps done so far.
+        stage1_steps (`int`):
+            Steps of Stage I.
+        num_attempts (`int`, *optional*, defaults to `2`):
+            Attempts in a rollout.
+
+    Returns:
+        `tuple[int, int]`: stage (1 or 2) and target attempt (2 .. N; N in Stage II).
+
+    Example:
+    ```python
+    >>> [stage_at(step, stage1_steps=4, num_attempts=3) for step in (0, 1, 2, 3, 4)]
+    [(1, 2), (1, 2), (1, 3), (1, 3), (2, 3)]
+    ```
+    """
+    if step >= stage1_steps:
+        return 2, num_attempts
+    return 1, 2 + step * (num_attempts - 1) // stage1_steps
+
+
+def shaped_rewards(
+    rewards: Tensor, *, stage: int, alpha: float, gamma: float = 0.0, target: int | None = None
+) -> Tensor:
+    r"""
+    Reward credited to the tokens of each attempt. Stage I credits its target attempt only (Eq. 3); Stage II credits
+    every attempt (Eq. 4) and adds the bonus $\alpha (\hat r(y_k) - \hat r(y_{k-1}))$ to each but the first (Section
+    5.2). With a discount above 0 an attempt is also credited with what comes after it; the paper uses 0, as instantaneous
+    rewards are what keeps training from collapsing to no correction (Appendix A.4).
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, K)`):
+            Reward of each attempt; NaN where no reward function could score it.
+        stage (`int`):
+            1 or 2.
+        alpha (`float`):
+            Bonus weight, no unit. The paper uses 10.
+        gamma (`float`, *optional*, defaults to `0.0`):
+            Discount between attempts, in [0, 1]. At 1 every attempt is credited with the sum of its own and all later
+            rewards.
+        target (`int`, *optional*):
+            Attempt that Stage I trains; the last one if not given.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`: NaN where the attempt, or another one that its credit depends on, is unscored.
+
+    Raises:
+        `ValueError`: if `stage` is not 1 or 2.
+
+    Example:
+    ```python
+    >>> shaped_rewards(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), stage=2, alpha=10.0)  # i→c, c→i
+    tensor([[  0.,  11.],
+            [  1., -10.]])
+    ```
+    """
+    if stage == 1:
+        index = (target or rewards.size(1)) - 1
+        credit = torch.zeros_like(rewards)
+        credit[:, index] = rewards[:, index]
+    elif stage == 2:
+        credit = rewards.clone()
+        if alpha != 0:  # else an unscored attempt would make its successor unscored for nothing
+            credit[:, 1:] += alpha * (rewards[:, 1:] - rewards[:, :-1])
+    else:
+        raise ValueError(f"`stage` is 1 or 2, got {stage}.")
+    if gamma != 0:
+        for k in range(rewards.size(1) - 2, -1, -1):
+            credit[:, k] += gamma * credit[:, k + 1]
+    return credit
+
+
+def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
+    r"""
+    Each attempt's credit minus the mean credit of the same attempt in the other rollouts of its problem (RLOO, [Ahmadian
+    et al., 2024](https://huggingface.co/papers/2402.14740), the estimator of Section 3). The baseline does not depend on
+    the rollout it is subtracted from, so the gradient stays unbiased.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, K)`):
+            Credit of each attempt, the rollouts of a problem in consecutive rows; NaN where there is none.
+        num_generations (`int`):
+            Rollouts per problem.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`: 0 where the credit is NaN, and where no other rollout of the problem has one (so
+        also everywhere for `num_generations=1`). NaN credits are left out of the baselines.
+
+    Raises:
+        `ValueError`: if `B` is not a multiple of `num_generations`.
+
+    Example:
+    ```python
+    >>> leave_one_out_advantages(torch.tensor([[1.0], [0.0], [0.0]]), num_generations=3)
+    tensor([[ 1.0000],
+            [-0.5000],
+            [-0.5000]])
+    ```
+    """
+    if rewards.size(0) % num_generations:
+        raise ValueError(f"{rewards.size(0)} rollouts are not whole groups of `num_generations={num_generations}`.")
+    groups = rewards.view(-1, num_generations, rewards.size(1))  # (B / G, G, K)
+    scored = ~groups.isnan()
+    credit = groups.nan_to_num(0.0)
+    others = scored.sum(1, keepdim=True) - 1  # (B / G, 1, K), right where the rollout itself is scored
+    baseline = (credit.sum(1, keepdim=True) - credit) / others.clamp(min=1)
+    return torch.where(scored & (others > 0), credit - baseline, 0.0).view_as(rewards)
+
+
+def kl_weights(
+    stage: int, *, beta: float, stage1_beta: float, num_attempts: int = 2, target: int | None = None
+) -> Tensor:
+    r"""
+    Weight of the KL penalty on the tokens of each attempt: $\beta_1$ on all of them in both stages (Eqs. 2 and 4), and
+    $\beta_2$ added in Stage I on the attempts before the one it trains, which hold to the reference model (Eq. 3).
+
+    Args:
+        stage (`int`):
+            1 or 2.
+        beta (`float`):
+            $\beta_1$, reward per nat. The paper uses 0.01.
+        stage1_beta (`float`):
+            $\beta_2$, reward per nat. The paper uses 0.1 for MATH and 0.25 for MBPP.
+        num_attempts (`int`, *optional*, defaults to `2`):
+            Attempts in a rollout.
+        target (`int`, *optional*):
+            Attempt that Stage I trains; the last one if not given.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`.
+
+    Example:
+    ```python
+    >>> kl_weights(1, beta=0.01, stage1_beta=0.1)
+    tensor([0.1100, 0.0100])
+    ```
+    """
+    weights = torch.full((num_attempts,), float(beta))
+    if stage == 1:
+        weights[: (target or num_attempts) - 1] += stage1_beta
+    return weights
+
+
+def spread_to_tokens(values: Tensor, attempt_ids: Tensor) -> Tensor:
+    """
+    Give every token its attempt's value.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, K)` or `(K,)`):
+            One value per attempt.
+        attempt_ids (`torch.Tensor` of shape `(B, T)`):
+            Attempt of each token, 0 at instruction and padding.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: 0 at instruction and padding.
+
+    Example:
+    ```python
+    >>> spread_to_tokens(torch.tensor([[0.5, 2.0]]), torch.tensor([[1, 1, 0, 2, 0]]))
+    tensor([[0.5000, 0.5000, 0.0000, 2.0000, 0.0000]])
+    ```
+    """
+    values = values.expand(attempt_ids.size(0), -1)  # (B, K)
+    return torch.cat([values.new_zeros(values.size(0), 1), values], dim=1).gather(1, attempt_ids)
+
+
+def sum_per_attempt(token_values: Tensor, attempt_ids: Tensor, num_attempts: int) -> Tensor:
+    """
+    Sum each attempt's token values.
+
+    Args:
+        token_values (`torch.Tensor` of shape `(B, T)`):
+            One value per token; what stands at instruction and padding does not matter.
+        attempt_ids (`torch.Tensor` of shape `(B, T)`):
+            Attempt of each token, 0 at instruction and padding.
+        num_attempts (`int`):
+            Attempts in a rollout.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`.
+
+    Example:
+    ```python
+    >>> sum_per_attempt(torch.tensor([[1.0, 2.0, 9.0, 4.0]]), torch.tensor([[1, 1, 0, 2]]), num_attempts=2)
+    tensor([[3., 4.]])
+    ```
+    """
+    attempts = torch.arange(1, num_attempts + 1, device=attempt_ids.device)
+    is_attempt = attempt_ids.unsqueeze(-1) == attempts  # (B, T, K)
+    return torch.where(is_attempt, token_values.unsqueeze(-1), 0.0).sum(1)

@@ -1,0 +1,194 @@
+r"""
+A rollout: problem $x_1$, attempt $y_1 \sim \pi(\cdot \mid x_1)$, correction instruction $p_1$, attempt
+$y_2 \sim \pi(\cdot \mid x_2)$ with $x_2 = [x_1, y_1, p_1]$, and so on (Section 3).
+
+Tokens in, tokens out. The context of an attempt is the prompt's tokens, the sampled tokens of the attempts before, and
+between them a bridge: what the chat template puts between an assistant's text and the next assistant's text (end of turn,
+the user's turn with the instruction, generation prompt). An attempt is never decoded and encoded again, so the tokens that
+are trained are the tokens that were sampled.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+
+SENTINEL = "ASSISTANT-TEXT-STANDS-HERE"
+
+
+@dataclass
+class Rollouts:
+    """
+    `B` rollouts of `K` attempts, as token ids.
+
+    Attributes:
+        prompt_ids (`list[list[int]]`):
+            The `B` prompts.
+        attempts (`list[list[list[int]]]`):
+            `attempts[i][k - 1]`: the sampled tokens of attempt `k`, with the end-of-sequence token if it was sampled.
+        bridges (`list[list[list[int]]]`):
+            `bridges[i][k - 1]`: the tokens between attempt `k` and attempt `k + 1`.
+        logprobs (`list[list[list[float]]]`, *optional*):
+            Log-probability of each sampled token, where the sampler reports them.
+    """
+
+    prompt_ids: list[list[int]]
+    attempts: list[list[list[int]]]
+    bridges: list[list[list[int]]]
+    logprobs: list[list[list[float]]] | None = None
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        """All tokens after the prompt: `y1, bridge, y2, ..`."""
+        return self._interleave(self.attempts, self.bridges)
+
+    @property
+    def attempt_ids(self) -> list[list[int]]:
+        """For each token of `completion_ids`: `k` if it belongs to attempt `k`, 0 if to a bridge."""
+        numbers = [[[k] * len(ids) for k, ids in enumerate(attempts, start=1)] for attempts in self.attempts]
+        return self._interleave(numbers, self._zeros(0))
+
+    @property
+    def completion_logprobs(self) -> list[list[float]] | None:
+        """For each token of `completion_ids`: its log-probability, 0.0 in a bridge."""
+        return None if self.logprobs is None else self._interleave(self.logprobs, self._zeros(0.0))
+
+    def _zeros(self, zero: float) -> list[list[list[float]]]:
+        return [[[zero] * len(ids) for ids in bridges] for bridges in self.bridges]
+
+    @staticmethod
+    def _interleave(attempts: list, bridges: list) -> list:
+        return [
+            sum((attempt + bridge for attempt, bridge in zip(row, [*between, []], strict=True)), [])
+            for row, between in zip(attempts, bridges, strict=True)
+        ]
+
+
+def roll_out(
+    prompt_ids: list[list[int]],
+    generate: Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float]] | None]],
+    bridge: Callable[[int, list[list[int]]], list[list[int]]],
+    num_attempts: int = 2,
+) -> Rollouts:
+    """
+    Run all attempts of a batch of problems.
+
+    Args:
+        prompt_ids (`list[list[int]]`):
+            Token ids of the `B` prompts.
+        generate (`Callable`):
+            `generate(contexts, attempt)` samples attempt `attempt` for each of `B` contexts and returns its token ids, and
+            their log-probabilities or `None`.
+        bridge (`Callable`):
+            `bridge(attempt, attempt_ids)` returns the tokens between attempt `attempt`, whose `B` sampled ids it gets, and
+            the next one.
+        num_attempts (`int`, *optional*, defaults to `2`):
+            Attempts in a rollout.
+
+    Returns:
+        [`Rollouts`].
+    """
+    contexts = [list(ids) for ids in prompt_ids]
+    attempts, bridges, logprobs = [[] for _ in contexts], [[] for _ in contexts], [[] for _ in contexts]
+    for attempt in range(1, num_attempts + 1):
+        sampled, sampled_logprobs = generate(contexts, attempt)
+        for row, ids in zip(attempts, sampled, strict=True):
+            row.append(list(ids))
+        if sampled_logprobs is None:
+            logprobs = None
+        else:
+            for row, values in zip(logprobs, sampled_logprobs, strict=True):
+                row.append(list(values))
+        if attempt < num_attempts:
+            between = bridge(attempt, sampled)
+            for row, ids in zip(bridges, between, strict=True):
+                row.append(ids)
+            contexts = [
+                context + list(ids) + after for context, ids, after in zip(contexts, sampled, between, strict=True)
+            ]
+    return Rollouts(prompt_ids, attempts, bridges, logprobs)
+
+
+class Bridge:
+    """
+    The tokens between two attempts.
+
+    For chat messages the bridge is found by rendering the conversation with a sentinel in the assistant's place and taking
+    what follows the sentinel, so it is right for templates that rewrite or drop earlier turns. For plain text it is the
+    end-of-sequence token and the instruction between blank lines.
+
+    Where the policy closed its turn itself, the token it closed it with is not repeated; where it was cut off or closed
+    it with another token, the bridge starts with the template's own end of turn.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None = None):
+        self.tokenizer = tokenizer
+        self.chat_template_kwargs = chat_template_kwargs or {}
+
+    def text(self, prompt: str | list[dict], instruction: str, attempt: int = 1) -> tuple[str, str]:
+        """
+        The bridge after attempt `attempt`, as text before the instruction and text from the instruction on.
+
+        Raises:
+            `ValueError`: if the chat template does not show the assistant's text or the instruction.
+        """
+        if not is_conversational({"prompt": prompt}):
+            return (self.tokenizer.eos_token or "") + "\n\n", f"{instruction}\n\n"
+        turn = [{"role": "assistant", "content": SENTINEL}, {"role": "user", "content": instruction}]
+        rendered = self.tokenizer.apply_chat_template(
+            prompt + turn * attempt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+        )
+        before, sentinel, after = rendered.rpartition(SENTINEL)
+        start = after.find(instruction.strip())
+        if not sentinel or before.count(SENTINEL) != attempt - 1 or start < 0:
+            raise ValueError(
+                "The chat template does not render the assistant's turn and the correction instruction after it, so the "
+                "second attempt would not see the first. Set a chat template on the tokenizer that renders every turn."
+            )
+        return after[:start], after[start:]
+
+    def __call__(
+        self, prompts: list, instructions: list[str], attempt: int, attempt_ids: list[list[int]]
+    ) -> list[list[int]]:
+        """
+        Token ids of the bridges of a batch.
+
+        Args:
+            prompts (`list`):
+                `B` prompts, chat messages or text.
+            instructions (`list[str]`):
+                `B` correction instructions.
+            attempt (`int`):
+                The attempt before the bridge, from 1.
+            attempt_ids (`list[list[int]]`):
+                The sampled ids of that attempt.
+        """
+        # The rollouts of a problem share their bridge.
+        keys = [(repr(prompt), instruction) for prompt, instruction in zip(prompts, instructions, strict=True)]
+        texts = {}
+        for key, prompt, instruction in zip(keys, prompts, instructions, strict=True):
+            if key not in texts:
+                texts[key] = self.text(prompt, instruction, attempt)
+        unique = list(dict.fromkeys(texts.values()))
+        heads = self._tokenize([head for head, _ in unique])
+        wholes = self._tokenize([head + tail for head, tail in unique])
+        tokens = {text: (whole, len(head)) for text, whole, head in zip(unique, wholes, heads, strict=True)}
+        return [self._join(ids, *tokens[texts[key]]) for key, ids in zip(keys, attempt_ids, strict=True)]
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(text=texts, add_special_tokens=False)["input_ids"]
+
+    @staticmethod
+    def _join(attempt_ids: list[int], bridge_ids: list[int], head_length: int) -> list[int]:
+        """The bridge without its end of turn if the attempt ends with that token."""
+        if attempt_ids and attempt_ids[-1] in bridge_ids[:head_length]:
+            return bridge_ids[bridge_ids.index(attempt_ids[-1]) + 1 :]
+        return bridge_ids

@@ -1,0 +1,223 @@
+"""The configuration of `SCoReTrainer`."""
+
+import warnings
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+
+# Appendix C of the paper, quoted.
+CORRECTION_INSTRUCTION = (
+    "There might be an error in the solution above because of lack of understanding of the question. Please correct the "
+    "error, if any, and rewrite the solution. Only output the final solution! At the end of the Solution, when you give "
+    'your final answer, write it in the form "Final Answer: The final answer is $answer$. I hope it is correct."'
+)
+
+
+@dataclass
+class SCoReConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`SCoReTrainer`]: a [`~trl.GRPOConfig`] and what SCoRe adds or changes. Section, equation
+    and appendix numbers are those of [Training Language Models to Self-Correct via Reinforcement
+    Learning](https://huggingface.co/papers/2409.12917); defaults follow its MATH column (Appendix B).
+
+    Parameters:
+        > Parameters that control the attempts
+
+        num_attempts (`int`, *optional*, defaults to `2`):
+            Attempts in a rollout. `max_completion_length` holds for each of them.
+        correction_instruction (`str`, *optional*):
+            The user's turn between two attempts (Appendix C; the paper's instruction for MATH by default). A dataset
+            column of the same name overrides it row by row.
+
+        > Parameters that control the two stages
+
+        stage1_steps (`float`, *optional*, defaults to `0.5`):
+            Optimizer steps of Stage I, or their share of `max_steps` if below 1. 0: Stage II only; `max_steps` or more:
+            Stage I only. With more than two attempts Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
+        alpha (`float`, *optional*, defaults to `10.0`):
+            Weight of the bonus for improving on the attempt before, in Stage II (Section 5.2). 0: no bonus.
+        gamma (`float`, *optional*, defaults to `0.0`):
+            Discount between attempts, from 0 to 1. Above 0 an attempt is also credited with the rewards of later ones;
+            in the paper training then collapses to not correcting (Appendix A.4).
+        beta (`float`, *optional*, defaults to `0.01`):
+            Weight of the KL penalty to the reference model on every attempt in both stages, $\beta_1$ (Eq. 2).
+        stage1_beta (`float`, *optional*, defaults to `0.1`):
+            Weight of the KL penalty that Stage I adds on the attempts before the one it trains, $\beta_2$ (Eq. 3). The
+            paper uses 0.25 for MBPP.
+        reference_model_name_or_path (`str`, *optional*):
+            Model to use as the reference in full fine-tuning when it is not the given model itself, for instance when
+            training goes on from a model that SCoRe has trained. It needs the same architecture.
+
+        > Parameters that control evaluation and grading
+
+        eval_temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature in evaluation. 0: greedy decoding, as in the paper.
+        num_generations_eval (`int`, *optional*, defaults to `1`):
+            Rollouts per problem in evaluation.
+
+        > Parameters whose default differs from GRPO's
+
+        learning_rate (`float`, *optional*, defaults to `5e-6`):
+            The paper uses 1e-5 for MBPP.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            The paper keeps the learning rate fixed.
+        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
+            Normalization of the loss. This one divides by a constant, so that the expected gradient is exactly
+            proportional to that of the paper's objective; `"grpo"`, `"bnpo"`, `"dapo"` and `"cispo"` also work.
+        scale_rewards (`str`, *optional*, defaults to `"none"`):
+            The leave-one-out advantages are not scaled; no other value is supported.
+    """
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "The learning rate schedule. The paper keeps the learning rate fixed."}
+    )
+    loss_type: str = field(
+        default="dr_grpo",
+        metadata={
+            "help": "Normalization of the loss. 'dr_grpo' (default) divides by a constant, so the expected gradient is "
+            "proportional to that of the paper's objective. Also supported: 'grpo', 'bnpo', 'dapo', 'cispo'."
+        },
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "The leave-one-out advantages are not scaled. No value but 'none' is supported."},
+    )
+    beta: float = field(
+        default=0.01,
+        metadata={
+            "help": "Weight of the KL penalty to the reference model on every attempt in both stages (beta1, Eq. 2)."
+        },
+    )
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Number of rollouts per problem in evaluation."}
+    )
+    num_attempts: int = field(
+        default=2,
+        metadata={"help": "Attempts in a rollout. `max_completion_length` holds for each of them."},
+    )
+    correction_instruction: str = field(
+        default=CORRECTION_INSTRUCTION,
+        metadata={
+            "help": "The user's turn between two attempts (Appendix C). A dataset column of the same name overrides it "
+            "row by row. The default is the paper's instruction for MATH."
+        },
+    )
+    stage1_steps: float = field(
+        default=0.5,
+        metadata={
+            "help": "Optimizer steps of Stage I, or their share of `max_steps` if below 1. 0: Stage II only; `max_steps` "
+            "or more: Stage I only."
+        },
+    )
+    alpha: float = field(
+        default=10.0,
+        metadata={"help": "Weight of the bonus for improving on the attempt before, in Stage II (Section 5.2)."},
+    )
+    gamma: float = field(
+        default=0.0,
+        metadata={
+            "help": "Discount between attempts, from 0 to 1. Above 0 an attempt is also credited with the rewards of "
+            "later ones (Appendix A.4)."
+        },
+    )
+    stage1_beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the KL penalty that Stage I adds on the attempts before the one it trains (beta2, Eq. 3)."
+        },
+    )
+    reference_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model to use as the reference in full fine-tuning when it is not the given model itself. It needs "
+            "the same architecture."
+        },
+    )
+    eval_temperature: float = field(
+        default=0.0, metadata={"help": "Sampling temperature in evaluation. 0: greedy decoding."}
+    )
+
+    def __post_init__(self):
+        if self.num_attempts < 2:
+            raise ValueError(
+                f"A correction needs an attempt to correct, got `num_attempts={self.num_attempts}`. Set it to 2 or more."
+            )
+        if self.num_generations < 2:
+            raise ValueError(
+                f"The leave-one-out baseline needs two rollouts per problem, got `num_generations={self.num_generations}`."
+                " Set it to 2 or more."
+            )
+        if not self.correction_instruction.strip():
+            raise ValueError(
+                "`correction_instruction` is empty, so the second attempt would not be asked to correct the first. Set "
+                "it to a sentence that does not say whether the attempt was right."
+            )
+        if self.stage1_steps < 0 or (self.stage1_steps > 1 and self.stage1_steps != int(self.stage1_steps)):
+            raise ValueError(
+                f"`stage1_steps={self.stage1_steps}` is neither a number of steps nor a share of them. Set a share below "
+                "1, a whole number of steps, or 0 for Stage II only."
+            )
+        if self.alpha < 0:
+            raise ValueError(
+                f"`alpha={self.alpha}` would reward turning right attempts into wrong ones. Set it to 0 (no bonus) or "
+                "above; the paper uses 10."
+            )
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"`gamma={self.gamma}` is not a discount. Set it from 0 to 1; the paper uses 0.")
+        for name in ("beta", "stage1_beta", "eval_temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}={getattr(self, name)}` is negative. Set it to 0 or above.")
+        if self.beta == 0 and self.stage1_beta > 0 and self.stage1_steps > 0:
+            raise ValueError(
+                "`stage=1` penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
+                "none. Set `beta` above 0; the paper uses 0.01. To train without any KL set `stage1_beta=0` too."
+            )
+        self._refuse_unsupported()
+        super().__post_init__()
+        if self.num_generations_eval is None:
+            self.num_generations_eval = 1
+        self._warn_of_mismatch()
+
+    def _refuse_unsupported(self):
+        unsupported = {
+            "importance_sampling_level": (
+                self.importance_sampling_level != "token",
+                "one ratio for all attempts would give each attempt the other's. Set it to 'token'.",
+            ),
+            "loss_type": (
+                self.loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
+                "its weights are made for one advantage per rollout. Set it to 'dr_grpo', 'grpo', 'bnpo', 'dapo' or 'cispo'.",
+            ),
+            "multi_objective_aggregation": (
+                self.multi_objective_aggregation != "sum_then_normalize",
+                "the bonus compares the summed rewards of two attempts. Set it to 'sum_then_normalize'.",
+            ),
+            "scale_rewards": (
+                self.scale_rewards not in ("none", False),
+                "dividing each attempt's advantages by their deviation cancels the bonus weight. Set it to 'none'.",
+            ),
+            "sync_ref_model": (
+                self.sync_ref_model,
+                "the reference of Eqs. 2-4 is the base model throughout. Set it to False.",
+            ),
+        }
+        for name, (is_set, reason) in unsupported.items():
+            if is_set:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported by SCoRe: {reason}")
+
+    def _warn_of_mismatch(self):
+        changed = {
+            "top_p": self.top_p != 1.0,
+            "top_k": bool(self.top_k),
+            "min_p": bool(self.min_p),
+            "repetition_penalty": self.repetition_penalty != 1.0,
+        }
+        names = [f"`{name}={getattr(self, name)}`" for name, is_changed in changed.items() if is_changed]
+        if names:
+            warnings.warn(
+                f"{', '.join(names)}: attempts are sampled from another distribution than the one that is trained, so "
+                "the policy gradient is biased. The paper samples at temperature 1.0 with nothing cut off.",
+                stacklevel=3,
+            )

@@ -1,0 +1,677 @@
+"""`SCoReTrainer`: rollout, reward and objective in TRL's `GRPOTrainer`. The only file that knows TRL's internals."""
+
+import os
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer, is_conversational
+from trl.chat_template_utils import parse_response
+from trl.trainer.utils import create_model_from_path, get_config_model_id, is_async_callable
+
+from .metrics import attempt_changes, self_correction_values
+from .model_card import write_model_card
+from .objective import (
+    kl_weights,
+    leave_one_out_advantages,
+    resolve_stage1_steps,
+    shaped_rewards,
+    spread_to_tokens,
+    stage_at,
+    sum_per_attempt,
+)
+from .rollout import Bridge, Rollouts, roll_out
+from .score_config import SCoReConfig
+
+
+logger = get_logger(__name__)
+
+TRAINED_FLAG = "score_trained"  # in the config.json of a saved model: it is no base model any more
+ROWS_CHECKED = 10_000  # prompts tokenized at construction to check the context length
+
+
+class SCoReTrainer(GRPOTrainer):
+    """
+    Trainer for SCoRe, the method of [Training Language Models to Self-Correct via Reinforcement
+    Learning](https://huggingface.co/papers/2409.12917): a [`~trl.GRPOTrainer`] in which a completion is several attempts
+    at a problem with a correction instruction between them, and every attempt has its own reward, advantage and KL weight.
+    One `train()` runs Stage I and Stage II.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_score import SCoReTrainer
+
+    >>> trainer = SCoReTrainer(
+    ...     model="Qwen/Qwen2.5-1.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, as in [`~trl.GRPOTrainer`]. The reference model is always the base model: the given one in
+            full fine-tuning, the one under the adapter with PEFT, also when the given model already carries a trained
+            adapter.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            Reward functions, as in [`~trl.GRPOTrainer`]. Each is called once per attempt: `completions` and
+            `completion_ids` hold that attempt alone, and the keyword `attempt` says which it is, from 1. An attempt counts
+            as right in the accuracy metrics when the first reward function gives it at least 1.
+        args ([`SCoReConfig`], *optional*):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training data with a column `prompt` (chat messages or text). A column `correction_instruction` overrides the
+            configured one row by row; all other columns reach the reward functions.
+        eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config, peft_config:
+            As in [`~trl.GRPOTrainer`].
+
+    Raises:
+        `ValueError`: for a dataset without `prompt`, chat messages without a chat template, a context too short for the
+            prompt and all attempts, or an option of [`~trl.GRPOTrainer`] that SCoRe does not support.
+    """
+
+    _tag_names = ["trl", "score", "trl-score"]
+    _name = "SCoRe"
+    _paper = {
+        "title": "Training Language Models to Self-Correct via Reinforcement Learning",
+        "id": "2409.12917",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{kumar2025training,
+                title        = {{Training Language Models to Self-Correct via Reinforcement Learning}},
+                author       = {Aviral Kumar and Vincent Zhuang and Rishabh Agarwal and Yi Su and John D. Co-Reyes and Avi Singh and Kate Baumli and Shariq Iqbal and Colton Bishop and Rebecca Roelofs and Lei M. Zhang and Kay McKinney and Disha Shrivastava and Cosmin Paduraru and George Tucker and Doina Precup and Feryal Behbahani and Aleksandra Faust},
+                year         = 2025,
+                booktitle    = {International Conference on Learning Representations},
+                eprint       = {arXiv:2409.12917},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: "str | PreTrainedModel | Callable | list",
+        args: SCoReConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: "Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict | None" = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: "PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None" = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SCoReConfig(f"{name.split('/')[-1]}-SCoRe")
+        elif not isinstance(args, SCoReConfig):
+            raise TypeError(f"`args` must be a `SCoReConfig`, got `{type(args).__name__}`.")
+        for name, value in {
+            "tools": tools,
+            "rollout_func": rollout_func,
+            "environment_factory": environment_factory,
+        }.items():
+            if value is not None:
+                raise ValueError(f"`{name}` is not supported by SCoRe, whose rollout is the attempts. Leave it out.")
+        _check_datasets(train_dataset, eval_dataset)
+        _check_model(model, args, peft_config)
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError("Images are not supported by SCoRe. Pass a tokenizer as `processing_class`.")
+        self._set_reference()
+
+        self.num_attempts = args.num_attempts
+        self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs)
+        # TRL looks at a row's last token and drops whole rows; truncation is per attempt here, see `_roll_out`.
+        self.mask_truncated_completions = False
+        # TRL's own hook for rollouts: `_generate` does the bookkeeping on what it returns.
+        self.rollout_func = self._roll_out
+        self._instructions: list[str] = []
+        self._rollouts: Rollouts | None = None
+        self._completions: list[list] = []  # per attempt, what the reward functions see
+        self._attempt_rewards: list[Tensor] = []  # per attempt, of all processes: (B, number of reward functions)
+        self._attempt: int | None = None
+        self._check_context()
+
+    # Reference model
+
+    def _set_reference(self):
+        if is_peft_model(self.model):
+            if self.args.reference_model_name_or_path is not None:
+                raise ValueError(
+                    "`reference_model_name_or_path` is for full fine-tuning: with an adapter the reference is the model "
+                    "under it. Leave it out."
+                )
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                raise ValueError(
+                    "The given adapter is frozen, so nothing would be trained. Load it with `is_trainable=True`."
+                )
+            if "ref" in self.model.peft_config:
+                # TRL cloned the given adapter as the reference. Without the clone it uses the base model.
+                self.model.delete_adapter("ref")
+                logger.warning(
+                    "The given model carries an adapter. The reference of the KL penalties is the base model under it, as "
+                    "in both stages of the paper. If the adapter is part of your base model, merge it first."
+                )
+        elif self.ref_model is not None and self.args.reference_model_name_or_path is not None:
+            path = self.args.reference_model_name_or_path
+            reference = create_model_from_path(path, dtype=self.model.dtype, device_map=None)
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference.state_dict())
+
+    # Stages
+
+    @property
+    def stage(self) -> int:
+        """The stage of the current optimizer step, 1 or 2."""
+        return self._stage_and_target()[0]
+
+    def _stage_and_target(self) -> tuple[int, int]:
+        max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
+        stage1_steps = resolve_stage1_steps(self.args.stage1_steps, max_steps)
+        return stage_at(self.state.global_step, stage1_steps, self.num_attempts)
+
+    # Rollout
+
+    def generate_attempts(self, prompts: list, instructions: list[str] | None = None) -> list[list[str]]:
+        """
+        All attempts at some problems, decoded as in evaluation (`eval_temperature`).
+
+        Args:
+            prompts (`list`):
+                Prompts, chat messages or text.
+            instructions (`list[str]`, *optional*):
+                Correction instruction of each; the configured one if not given.
+
+        Returns:
+            `list[list[str]]`: the text of each attempt of each problem.
+        """
+        self._instructions = instructions or [self.args.correction_instruction] * len(prompts)
+        training = self.model.training
+        self.model.eval()
+        try:
+            self._roll_out(prompts, self)
+        finally:
+            self.model.train(training)
+        texts = [
+            [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+            for completions in self._completions
+        ]
+        return [list(row) for row in zip(*texts, strict=True)]
+
+    def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
+        mode = "train" if self.model.training else "eval"
+        start = time.perf_counter()
+        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        # The rollouts of a problem share their prompt, but each has a first attempt of its own.
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
+        self._check_length(max(map(len, prompt_ids)))
+
+        def generate(contexts, attempt):
+            return self._generate_single_turn(contexts, None, {}, num_generations=group_size if attempt == 1 else 1)
+
+        def bridge(attempt, attempt_ids):
+            return self._bridge(prompts, self._instructions, attempt, attempt_ids)
+
+        with self._eval_decoding() if mode == "eval" else _nothing():
+            rollouts = roll_out(prompt_ids, generate, bridge, self.num_attempts)
+        self._rollouts = rollouts
+        self._completions = [self._decode(prompts, rollouts, k) for k in range(self.num_attempts)]
+        self._metrics[mode]["time/rollout"].append(time.perf_counter() - start)
+
+        trained = rollouts.attempt_ids
+        if self.args.mask_truncated_completions:
+            trained = [
+                [k if k and not cut[k - 1] else 0 for k in row]
+                for row, cut in zip(trained, self._truncated(rollouts), strict=True)
+            ]
+        self._attempt_ids = trained
+        return {
+            "prompt_ids": rollouts.prompt_ids,
+            "completion_ids": rollouts.completion_ids,
+            "logprobs": rollouts.completion_logprobs,
+            "env_mask": [[int(k > 0) for k in row] for row in trained],
+        }
+
+    @contextmanager
+    def _eval_decoding(self):
+        """Decode with `eval_temperature` instead of sampling as in training."""
+        temperature = self.args.eval_temperature
+        if self.use_vllm:
+            sampling = self.vllm_generation.temperature
+            self.vllm_generation.temperature = temperature
+            try:
+                yield
+            finally:
+                self.vllm_generation.temperature = sampling
+            return
+        sampling = self.generation_config, self.generation_kwargs
+        kwargs = dict(self.generation_kwargs)
+        if temperature == 0:
+            kwargs = {name: kwargs[name] for name in kwargs.keys() - {"temperature", "top_p", "top_k", "min_p"}}
+            kwargs["do_sample"] = False
+        else:
+            kwargs["temperature"] = temperature
+        self.generation_config, self.generation_kwargs = GenerationConfig(**kwargs, disable_compile=True), kwargs
+        try:
+            yield
+        finally:
+            self.generation_config, self.generation_kwargs = sampling
+
+    def _decode(self, prompts: list, rollouts: Rollouts, k: int) -> list:
+        """The attempts `k + 1` as TRL's completions: chat messages or text."""
+        attempt_ids = [attempts[k] for attempts in rollouts.attempts]
+        if not is_conversational({"prompt": prompts[0]}):
+            return self._tokenizer.batch_decode(attempt_ids, skip_special_tokens=True)
+        if any(getattr(self._tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+            return [
+                [parse_response(self._tokenizer, ids, prefix=prompt_ids)]
+                for ids, prompt_ids in zip(attempt_ids, rollouts.prompt_ids, strict=True)
+            ]
+        contents = self._tokenizer.batch_decode(attempt_ids, skip_special_tokens=True)
+        return [[{"role": "assistant", "content": content}] for content in contents]
+
+    def _truncated(self, rollouts: Rollouts) -> list[list[bool]]:
+        """Per rollout and attempt: it was cut off before an end-of-sequence token."""
+        return [[not ids or ids[-1] not in self.eos_token_ids for ids in row] for row in rollouts.attempts]
+
+    def _generate(self, prompts: list):
+        prompt_ids, completion_ids, tool_mask, completions, *rest = super()._generate(prompts)
+        if is_conversational({"prompt": prompts[0]}):  # for the completions table: one message per turn
+            completions = [list(attempts[0]) for attempts in zip(*self._completions[:1], strict=True)]
+            for k in range(1, self.num_attempts):
+                for row, instruction, attempt in zip(
+                    completions, self._instructions, self._completions[k], strict=True
+                ):
+                    row += [{"role": "user", "content": instruction}, *attempt]
+        return prompt_ids, completion_ids, tool_mask, completions, *rest
+
+    # Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        start = time.perf_counter()
+        reward_funcs = self.reward_funcs
+        self._attempt_rewards = []
+        try:
+            for k in range(self.num_attempts):
+                self._attempt = k + 1
+                self.reward_funcs = [
+                    func if isinstance(func, nn.Module) else _graded(func, name, k + 1)
+                    for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
+                ]
+                attempt_ids = [attempts[k] for attempts in self._rollouts.attempts]
+                self._attempt_rewards.append(
+                    super()._calculate_rewards(inputs, prompts, self._completions[k], attempt_ids)
+                )
+        finally:
+            self.reward_funcs = reward_funcs
+            self._attempt = None
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["time/reward"].append(time.perf_counter() - start)
+        return self._attempt_rewards[-1]
+
+    def _log_completion_extra(self, column: str, values: list):
+        super()._log_completion_extra(f"{column}/attempt_{self._attempt}", values)
+
+    def _log_metric(self, name: str, value: float):
+        super()._log_metric(f"{name}/attempt_{self._attempt}", value)
+
+    # Advantages and KL weights
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        self._instructions = [row.get("correction_instruction") or self.args.correction_instruction for row in inputs]
+        output = super()._generate_and_score_completions(inputs)
+
+        per_func = torch.stack(self._attempt_rewards, dim=1)  # (B of all processes, K, number of reward functions)
+        rewards = (per_func * self.reward_weights.to(per_func.device)).nansum(-1)
+        rewards[per_func.isnan().all(-1)] = torch.nan
+        stage, target = self._stage_and_target()
+        credit = shaped_rewards(rewards, stage=stage, alpha=self.args.alpha, gamma=self.args.gamma, target=target)
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
+        advantages = leave_one_out_advantages(credit, group_size)  # (B of all processes, K)
+        weights = kl_weights(
+            stage,
+            beta=self.beta,
+            stage1_beta=self.args.stage1_beta,
+            num_attempts=self.num_attempts,
+            target=target,
+        )
+
+        # Frozen here: the stage of the rollouts is the stage they were made for, however long they are trained on.
+        attempt_ids = torch.zeros_like(output["completion_ids"])  # (B, T)
+        for row, ids in zip(attempt_ids, self._attempt_ids, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        start = self.accelerator.process_index * len(inputs)
+        output["attempt_ids"] = attempt_ids
+        output["advantages"] = spread_to_tokens(advantages[start : start + len(inputs)], attempt_ids)
+        output["kl_weights"] = spread_to_tokens(weights.to(attempt_ids.device), attempt_ids)
+        if "importance_sampling_ratio" in output and output["importance_sampling_ratio"].size(1) == 1:
+            output["importance_sampling_ratio"] = self._importance_sampling_ratio(output)
+
+        self._log_rollouts(mode, stage, rewards, correct=per_func[:, :, 0], advantages=advantages)
+        return output
+
+    def _importance_sampling_ratio(self, output: dict[str, Tensor]) -> Tensor:
+        """TRL's sequence-level correction of vLLM's log-probabilities, per attempt instead of per row: (B, T)."""
+        difference = (output["old_per_token_logps"] - output["sampling_per_token_logps"]).nan_to_num(0.0)
+        ratio = sum_per_attempt(difference, output["attempt_ids"], self.num_attempts).exp()  # (B, K)
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        clamped = ratio.clamp(low, high)
+        if self.vllm_importance_sampling_mode == "sequence_mask":
+            ratio = torch.where(ratio == clamped, ratio, 0.0)
+        else:
+            ratio = clamped
+        return spread_to_tokens(ratio, output["attempt_ids"])
+
+    def _log_rollouts(self, mode: str, stage: int, rewards: Tensor, correct: Tensor, advantages: Tensor):
+        metrics = self._metrics[mode]
+        metrics["stage"].append(stage)
+        # One value per rollout, not per batch, so that a smaller last batch does not count more.
+        correct = torch.where(correct.isnan(), correct, (correct >= 1).float())
+        for name, values in self_correction_values(correct).items():
+            metrics[name].extend(values.tolist())
+        for k in range(self.num_attempts):
+            metrics[f"reward_t{k + 1}"].extend(rewards[:, k].tolist())
+        rollouts = self._rollouts
+        columns = [
+            torch.tensor(self._truncated(rollouts)).float(),
+            torch.tensor([[len(ids) for ids in row] for row in rollouts.attempts]).float(),
+            attempt_changes(rollouts.attempts),
+        ]
+        names = [
+            *(f"completions/clipped_ratio_t{k + 1}" for k in range(self.num_attempts)),
+            *(f"completions/mean_length_t{k + 1}" for k in range(self.num_attempts)),
+            "edit_distance_ratio",
+            "changed_ratio",
+        ]
+        values = self.accelerator.gather(torch.cat(columns, dim=1).to(rewards.device))
+        for name, column in zip(names, values.T, strict=True):
+            metrics[name].extend(column.tolist())
+
+        # The completions table: TRL wrote its own advantages of the last attempt.
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages[:, -1].tolist())
+        for k in range(self.num_attempts):
+            self._logs["extra"][f"reward/attempt_{k + 1}"].extend(rewards[:, k].tolist())
+            self._logs["extra"][f"advantage/attempt_{k + 1}"].extend(advantages[:, k].tolist())
+
+    # Loss
+
+    def _compute_loss(self, model, inputs):
+        if self.beta == 0.0:
+            return super()._compute_loss(model, inputs)
+        beta, weights = self.beta, _TokenWeights(inputs["kl_weights"])
+        self.beta = weights
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+        attempt_ids = inputs["attempt_ids"]
+        kl = weights.values.detach()
+        sums = [sum_per_attempt(x, attempt_ids, self.num_attempts).sum(0) for x in (kl, torch.ones_like(kl))]
+        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum")
+        mode = "train" if self.model.training else "eval"
+        for k, value in enumerate((totals[0] / totals[1].clamp(min=1.0)).tolist(), start=1):
+            self._metrics[mode][f"kl_t{k}"].append(value)
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        start = time.perf_counter()
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self.model.training and not torch.is_grad_enabled():
+            self._metrics["train"]["time/reference"].append(time.perf_counter() - start)
+        return result
+
+    # Saving and resuming
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        # Between two generations the updates still to come need the rollouts they belong to.
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            torch.save(self._buffered_inputs, self._rollouts_file(self._get_output_dir(trial), self.state.global_step))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        path = self._rollouts_file(Path(checkpoint).parent, self.state.global_step)
+        if path.exists():
+            self._buffered_inputs = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+
+    def _rollouts_file(self, folder: "str | os.PathLike", step: int) -> Path:
+        return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / f"rollouts_{self.accelerator.process_index}.pt"
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        setattr(self.model.config, TRAINED_FLAG, True)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            delattr(self.model.config, TRAINED_FLAG)
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            write_model_card(Path(self.args.output_dir) / "README.md", self)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "correction_instruction" not in self._signature_columns:
+            self._signature_columns.append("correction_instruction")
+
+    # Checks
+
+    def _check_context(self):
+        """All attempts of the longest prompt fit the model's context."""
+        rows = self.train_dataset
+        rows = (
+            rows.take(100) if isinstance(rows, IterableDataset) else rows.select(range(min(len(rows), ROWS_CHECKED)))
+        )
+        rows = list(rows)
+        if is_conversational(rows[0]) and self._tokenizer.chat_template is None:
+            raise ValueError(
+                "The dataset's prompts are chat messages, but the tokenizer has no chat template. Use a tokenizer that has "
+                "one, set `tokenizer.chat_template`, or give the prompts as text."
+            )
+        prompt_ids, _, _ = self._tokenize_prompts([row["prompt"] for row in rows])
+        longest = max(range(len(rows)), key=lambda i: len(prompt_ids[i]))
+        instruction = rows[longest].get("correction_instruction") or self.args.correction_instruction
+        prompt = rows[longest]["prompt"]
+        lengths = [
+            len(self._bridge([prompt], [instruction], attempt, [[]])[0]) for attempt in range(1, self.num_attempts)
+        ]
+        self._bridge_tokens = sum(lengths)
+        self._check_length(len(prompt_ids[longest]))
+
+    def _check_length(self, prompt_length: int):
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if self.use_vllm and self.args.vllm_max_model_length is not None:
+            limit = min(limit or self.args.vllm_max_model_length, self.args.vllm_max_model_length)
+        needed = prompt_length + self.num_attempts * self.max_completion_length + self._bridge_tokens
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"The model's context of {limit} tokens is too short: a prompt of {prompt_length} tokens, "
+                f"{self.num_attempts} attempts of up to {self.max_completion_length} tokens (`max_completion_length` holds "
+                f"for each) and {self._bridge_tokens} tokens of correction instructions need {needed}. Lower "
+                "`max_completion_length` or drop the longest prompts."
+            )
+
+
+class _TokenWeights:
+    """
+    Stands in for TRL's scalar `beta` while the loss is computed: TRL adds `beta * per_token_kl` to the loss of each token,
+    which with this object is the KL weight of the token's attempt. So the KL estimator, its importance correction and the
+    normalization stay TRL's own.
+    """
+
+    def __init__(self, weights: Tensor):
+        self.weights = weights  # (B, T)
+
+    def __ne__(self, other) -> bool:  # TRL asks `beta != 0.0`
+        return True
+
+    def __mul__(self, per_token_kl: Tensor) -> Tensor:
+        self.values = per_token_kl  # (B, T)
+        return self.weights * per_token_kl
+
+
+@contextmanager
+def _nothing():
+    yield
+
+
+def _graded(func: Callable, name: str, attempt: int) -> Callable:
+    """`func` for one attempt: gets the keyword `attempt`, and an error in it names the function, the attempt and the row."""
+
+    def check(rewards, completions):
+        if not hasattr(rewards, "__len__") or len(rewards) != len(completions):
+            got = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"`{type(rewards).__name__}`"
+            raise ValueError(
+                f"The reward function '{name}' returned {got} for {len(completions)} completions of attempt {attempt}. It "
+                "must return a list with one reward per completion, `None` where a completion cannot be scored."
+            )
+        return rewards
+
+    def one_row(kwargs, row):
+        size = len(kwargs["completions"])
+        return {
+            key: [value[row]] if isinstance(value, list) and len(value) == size else value
+            for key, value in kwargs.items()
+        }
+
+    def failure(error, row, kwargs):
+        where = (
+            "the whole batch, though on no single row"
+            if row is None
+            else f"row {row}: {one_row(kwargs, row)['prompts']}"
+        )
+        return RuntimeError(
+            f"The reward function '{name}' raised {type(error).__name__} on attempt {attempt}, {where}. A wrong answer is a "
+            "reward of 0 and an answer that cannot be scored is `None`; an exception stops the run. The last checkpoint is "
+            "intact."
+        )
+
+    if is_async_callable(func):
+
+        async def graded(**kwargs):
+            kwargs["attempt"] = attempt
+            try:
+                return check(await func(**kwargs), kwargs["completions"])
+            except Exception as error:
+                for row in range(len(kwargs["completions"])):
+                    try:
+                        await func(**one_row(kwargs, row))
+                    except Exception:
+                        raise failure(error, row, kwargs) from error
+                raise failure(error, None, kwargs) from error
+
+    else:
+
+        def graded(**kwargs):
+            kwargs["attempt"] = attempt
+            try:
+                rewards = func(**kwargs)
+            except Exception as error:
+                for row in range(len(kwargs["completions"])):
+                    try:
+                        func(**one_row(kwargs, row))
+                    except Exception:
+                        raise failure(error, row, kwargs) from error
+                raise failure(error, None, kwargs) from error
+            return check(rewards, kwargs["completions"])
+
+    return graded
+
+
+def _check_datasets(train_dataset, eval_dataset):
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval_dataset"] = eval_dataset
+    for name, dataset in datasets.items():
+        if dataset is None:
+            raise ValueError(f"`{name}` is missing. Pass a dataset with a column `prompt`.")
+        row = next(iter(dataset), None)
+        if row is None:
+            raise ValueError(f"`{name}` has no rows.")
+        columns = sorted(row)
+        if "prompt" not in columns:
+            raise ValueError(
+                f"`{name}` has no column `prompt`, only {columns}. Rename the column that holds the problem: "
+                "`dataset.rename_column(..., 'prompt')`."
+            )
+        if "attempt" in columns:
+            raise ValueError(
+                f"`{name}` has a column `attempt`, the keyword by which a reward function is told which attempt it grades. "
+                "Rename the column."
+            )
+        if "image" in columns or "images" in columns:
+            raise ValueError(f"`{name}` has images, which SCoRe does not support. Remove the column.")
+        if "correction_instruction" in columns and isinstance(dataset, Dataset):
+            for index, instruction in enumerate(dataset["correction_instruction"]):
+                if instruction is not None and not instruction.strip():
+                    raise ValueError(
+                        f"`{name}` has an empty `correction_instruction` in row {index}. Set it to a sentence, or to None "
+                        "for the configured one."
+                    )
+
+
+def _check_model(model, args: SCoReConfig, peft_config: PeftConfig | None):
+    """A model that SCoRe has trained is not the base model, so it must not silently become the reference."""
+    if args.beta == 0 or args.reference_model_name_or_path is not None:
+        return
+    if isinstance(model, str):
+        kwargs = args.model_init_kwargs or {}
+        config = AutoConfig.from_pretrained(
+            model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+    else:
+        config = model.config
+    if getattr(config, TRAINED_FLAG, False):
+        raise ValueError(
+            f"'{get_config_model_id(config) or model}' was trained by SCoRe, so it is not the base model that both stages "
+            "hold to, and TRL would make it the reference. Train both stages in one run (`stage1_steps`), continue a run "
+            "with `resume_from_checkpoint`, or set `reference_model_name_or_path` to the base model (to this model itself, "
+            "if it is meant as the base of a new run)."
+            + (" With `peft_config`, merge and save the model without the flag first." if peft_config else "")
+        )
