@@ -1,6 +1,7 @@
 """The self-correction metrics of Section 3 and the edit-distance ratio of Section 4, one value per rollout."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from rapidfuzz.distance import Levenshtein
@@ -76,6 +77,6 @@ def attempt_changes(attempts: Sequence[Sequence[Sequence[int]]]) -> Tensor:
     """
     rows = []
     for rollout in attempts:
-        ratios = [edit_distance_ratio(first, second) for first, second in zip(rollout, rollout[1:], strict=False)]
+        ratios = [edit_distance_ratio(first, second) for first, second in pairwise(rollout)]
         rows.append([sum(ratios) / len(ratios), sum(ratio > 0 for ratio in ratios) / len(ratios)])
     return torch.tensor(rows)

@@ -61,7 +61,7 @@ class Rollouts:
     @staticmethod
     def _interleave(attempts: list, bridges: list) -> list:
         return [
-            sum((attempt + bridge for attempt, bridge in zip(row, [*between, []], strict=True)), [])
+            [item for attempt, bridge in zip(row, [*between, []], strict=True) for item in attempt + bridge]
             for row, between in zip(attempts, bridges, strict=True)
         ]
 

@@ -1,0 +1,103 @@
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never touch a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_score import SCoReConfig, SCoReTrainer
+from trl_score.tasks import Arithmetic
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH, MAX_COMPLETION_LENGTH
+
+
+@pytest.fixture(scope="session")
+def letters_model(tmp_path_factory):
+    """A random model over three tokens (`a`, `b` and the end of sequence): all its attempts can be listed."""
+    path = tmp_path_factory.mktemp("letters")
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<eos>": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=3,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=1.0,  # far from uniform
+        pad_token_id=2,
+        eos_token_id=2,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def make_letters_trainer(letters_model, tmp_path):
+    """A trainer over the letters model; keyword arguments go to the configuration."""
+
+    def make(reward=None, **kwargs):
+        defaults = {
+            "output_dir": str(tmp_path),
+            "correction_instruction": "a b",
+            "max_completion_length": 2,
+            "num_generations": 2,
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "use_cpu": True,
+        }
+        return SCoReTrainer(
+            letters_model,
+            reward or (lambda completions, **_: [float("a" in completion) for completion in completions]),
+            SCoReConfig(**(defaults | kwargs)),
+            train_dataset=Dataset.from_dict({"prompt": ["a", "b b"] * 4}),
+        )
+
+    return make
+
+
+@pytest.fixture
+def arithmetic_config(tmp_path):
+    """The configuration of a run of a few steps on the embedded task, as keyword arguments."""
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "correction_instruction": Arithmetic.correction_instruction,
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+
+
+@pytest.fixture
+def make_arithmetic_trainer(arithmetic_config):
+    """A trainer on the embedded task; keyword arguments go to the configuration, `trainer` ones to the trainer."""
+
+    def make(trainer=None, **kwargs):
+        task = Arithmetic(num_train=32, num_test=20)
+        defaults = {
+            "model": str(BASE_MODEL_PATH),
+            "reward_funcs": task.reward,
+            "train_dataset": task.load("train"),
+            "eval_dataset": task.load("test"),
+        }
+        return SCoReTrainer(args=SCoReConfig(**(arithmetic_config | kwargs)), **(defaults | (trainer or {})))
+
+    return make

@@ -1,0 +1,190 @@
+"""
+The proof of correctness. A policy over three tokens has 7 attempts of up to two tokens (`E`, `aE`, `bE`, `aa`, `ab`, `ba`,
+`bb`), so 49 rollouts of two attempts and 343 of three. Over all of them, and all groups of them that the leave-one-out
+baseline can see, the expected gradient of the loss that `SCoReTrainer` minimizes is compared with autograd of the exact
+objective.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from trl_score.objective import kl_weights, leave_one_out_advantages, shaped_rewards, spread_to_tokens
+from trl_score.rollout import roll_out
+
+
+EOS = 2
+ATTEMPTS = [[EOS], [0, EOS], [1, EOS], [0, 0], [0, 1], [1, 0], [1, 1]]
+LENGTH = 2  # the limit of an attempt
+
+
+@pytest.fixture
+def enumerated(make_letters_trainer):
+    """`enumerate(num_attempts)`: the trainer, its inputs for all rollouts of one prompt, and their rewards (R, N)."""
+
+    def enumerate_rollouts(num_attempts):
+        trainer = make_letters_trainer(num_attempts=num_attempts)
+        model = trainer.model.double().eval()
+        reference = trainer.ref_model.double().eval()
+        torch.manual_seed(1)
+        with torch.no_grad():  # away from the reference
+            for parameter in model.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+
+        chosen = list(itertools.product(range(len(ATTEMPTS)), repeat=num_attempts))
+        rows = len(chosen)
+        rollouts = roll_out(
+            [[0]] * rows,
+            lambda contexts, attempt: ([ATTEMPTS[row[attempt - 1]] for row in chosen], None),
+            lambda attempt, ids: trainer._bridge(["a"] * rows, ["a b"] * rows, attempt, ids),
+            num_attempts,
+        )
+        width = max(map(len, rollouts.completion_ids))
+        pad = lambda lists, value: torch.tensor([ids + [value] * (width - len(ids)) for ids in lists])  # noqa: E731
+        attempt_ids = pad(rollouts.attempt_ids, 0)
+        inputs = {
+            "prompt_ids": torch.tensor(rollouts.prompt_ids),
+            "prompt_mask": torch.ones(rows, 1, dtype=torch.long),
+            "completion_ids": pad(rollouts.completion_ids, EOS),
+            "completion_mask": pad([[1] * len(ids) for ids in rollouts.completion_ids], 0),
+            "tool_mask": (attempt_ids > 0).long(),
+            "attempt_ids": attempt_ids,
+            "num_items_in_batch": (attempt_ids > 0).sum(),
+        }
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        with torch.no_grad():
+            reference_logits = reference(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+        reference_log_probs = reference_logits.log_softmax(-1)  # (R, T, 3)
+        inputs["ref_per_token_logps"] = reference_log_probs.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(
+            -1
+        )
+        values = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.3]).double()  # reward of each of the 7 attempts
+        rewards = values[torch.tensor(chosen)]
+
+        def log_probs():
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+            return logits.log_softmax(-1), reference_log_probs
+
+        return trainer, inputs, rewards, log_probs
+
+    return enumerate_rollouts
+
+
+def attempt_log_probs(log_probs, inputs, num_attempts):
+    """Log-probability of each attempt of each rollout: (R, N)."""
+    tokens = log_probs.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    return torch.stack([(tokens * (inputs["attempt_ids"] == k)).sum(1) for k in range(1, num_attempts + 1)], dim=1)
+
+
+def exact_objective(log_probs, reference, inputs, rewards, credit, weights, gamma):
+    """
+    Eq. 3 or Eq. 4 with the bonus, in closed form. With gamma = 0 each attempt's expectation is taken at the contexts that
+    the current policy visits (no gradient through how often it visits them); with gamma = 1 the gradient goes through
+    everything. The KL is that of the next-token distributions, at the contexts that the policy visits.
+    """
+    num_attempts = rewards.size(1)
+    attempts = attempt_log_probs(log_probs, inputs, num_attempts)
+    value = 0.0
+    for k in range(num_attempts):
+        if gamma == 1:
+            probability = attempts.sum(1).exp()
+        else:
+            own = torch.zeros_like(attempts)
+            own[:, k] = attempts[:, k] - attempts[:, k].detach()
+            probability = (attempts.detach() + own).sum(1).exp()
+        value = value + (probability * credit[:, k]).sum()
+    visits = attempts.detach().sum(1).exp()  # (R,)
+    kl = (log_probs.exp() * (log_probs - reference)).sum(-1)  # (R, T)
+    for k in range(num_attempts):
+        value = value - weights[k] * (visits.unsqueeze(1) * kl * (inputs["attempt_ids"] == k + 1)).sum()
+    return value
+
+
+def expected_advantages(rewards, probabilities, num_generations, **shaping):
+    """The advantage of each rollout, averaged over all groups that it can be in: (R, N)."""
+    rows = len(rewards)
+    others = list(itertools.product(range(rows), repeat=num_generations - 1))
+    index = torch.tensor([[row, *other] for row in range(rows) for other in others])  # (R * groups, G)
+    advantages = leave_one_out_advantages(shaped_rewards(rewards[index.flatten()], **shaping), num_generations)
+    advantages = advantages.view(rows, len(others), num_generations, -1)[:, :, 0]  # of the first of each group
+    chance = probabilities[torch.tensor(others)].prod(1)  # of the others
+    return (advantages * chance[None, :, None]).sum(1)
+
+
+CASES = [
+    *({"stage": 1, "target": 2, "gamma": gamma, "alpha": 10.0} for gamma in (0, 1)),
+    *({"stage": 2, "target": 2, "gamma": gamma, "alpha": alpha} for gamma in (0, 1) for alpha in (0.0, 2.0, 10.0)),
+]
+KL = [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)]
+
+
+@pytest.mark.parametrize("num_attempts", [2, 3])
+def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, num_attempts):
+    trainer, inputs, rewards, log_probs = enumerated(num_attempts)
+    parameters = list(trainer.model.parameters())
+    probabilities = attempt_log_probs(log_probs()[0], inputs, num_attempts).sum(1).exp().detach()
+    torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0).double())  # nothing is left out
+
+    cases = list(CASES)
+    if num_attempts == 3:
+        cases += [{"stage": 1, "target": 3, "gamma": gamma, "alpha": 10.0} for gamma in (0, 1)]
+    for case, (beta, stage1_beta) in itertools.product(cases, KL):
+        stage, target, gamma, alpha = case["stage"], case["target"], case["gamma"], case["alpha"]
+        weights = kl_weights(
+            stage, beta=beta, stage1_beta=stage1_beta, num_attempts=num_attempts, target=target
+        ).double()
+        advantages = expected_advantages(
+            rewards, probabilities, 2, stage=stage, target=target, gamma=gamma, alpha=alpha
+        )
+        # The loss is linear in advantages and KL weights, so weighting both by each rollout's probability makes the mean
+        # over all rollouts the expectation.
+        scale = probabilities[:, None] * len(probabilities)
+        trainer.beta = beta
+        loss = trainer._compute_loss(
+            trainer.model,
+            {
+                **inputs,
+                "advantages": spread_to_tokens(advantages * scale, inputs["attempt_ids"]),
+                "kl_weights": spread_to_tokens(weights * scale, inputs["attempt_ids"]),
+            },
+        )
+        computed = torch.autograd.grad(-loss * LENGTH, parameters)  # dr_grpo divides by the limit
+
+        credit = shaped_rewards(rewards, stage=stage, target=target, gamma=0, alpha=alpha)
+        objective = exact_objective(*log_probs(), inputs, rewards, credit, weights, gamma)
+        exact = torch.autograd.grad(objective, parameters)
+        for got, expected in zip(computed, exact, strict=True):  # TRL's fused LM head computes in float32
+            torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4, msg=f"{case} {beta=} {stage1_beta=}")
+        assert max(gradient.abs().max() for gradient in exact) > 1e-3
+
+
+def test_baseline_is_unbiased_in_groups_of_three(enumerated):
+    """The expected advantage is the credit minus its mean, whatever the size of the group."""
+    _trainer, inputs, rewards, log_probs = enumerated(2)
+    probabilities = attempt_log_probs(log_probs()[0], inputs, 2).sum(1).exp().detach()
+    shaping = {"stage": 2, "alpha": 10.0}
+    advantages = expected_advantages(rewards, probabilities, 3, **shaping)
+    credit = shaped_rewards(rewards, **shaping)
+    torch.testing.assert_close(advantages, credit - (probabilities[:, None] * credit).sum(0))
+
+
+def test_trajectory_reward_on_both_attempts_would_not_be_the_objective(enumerated):
+    """
+    The error of other implementations: r1 + r2 + alpha (r2 - r1) on the tokens of both attempts gives r1 the weight
+    1 - alpha on attempt 1. The comparison above would have seen it.
+    """
+    trainer, inputs, rewards, log_probs = enumerated(2)
+    trainer.beta = 0.0
+    parameters = list(trainer.model.parameters())
+    probabilities = attempt_log_probs(log_probs()[0], inputs, 2).sum(1).exp().detach()
+    credit = shaped_rewards(rewards, stage=2, alpha=10.0)
+    wrong = credit.sum(1, keepdim=True).expand(-1, 2) * probabilities[:, None] * len(probabilities)
+    loss = trainer._compute_loss(
+        trainer.model, {**inputs, "advantages": spread_to_tokens(wrong, inputs["attempt_ids"])}
+    )
+    computed = torch.autograd.grad(-loss * LENGTH, parameters)
+    objective = exact_objective(*log_probs(), inputs, rewards, credit, torch.zeros(2), gamma=0)
+    exact = torch.autograd.grad(objective, parameters)
+    assert max((got - expected).abs().max() for got, expected in zip(computed, exact, strict=True)) > 1e-2
