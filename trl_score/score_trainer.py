@@ -222,6 +222,7 @@ class SCoReTrainer(GRPOTrainer):
         Returns:
             `list[list[str]]`: the text of each attempt of each problem.
         """
+        prompts = list(prompts)
         self._instructions = instructions or [self.args.correction_instruction] * len(prompts)
         training = self.model.training
         self.model.eval()

@@ -1,0 +1,143 @@
+"""Numbers worked by hand, then identities."""
+
+import pytest
+import torch
+
+from trl_score.objective import (
+    kl_weights,
+    leave_one_out_advantages,
+    resolve_stage1_steps,
+    shaped_rewards,
+    spread_to_tokens,
+    stage_at,
+    sum_per_attempt,
+)
+
+
+NAN = float("nan")
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, torch.tensor(expected), equal_nan=True)
+
+
+def test_stage_is_a_function_of_the_step():
+    assert [stage_at(step, stage1_steps=3)[0] for step in range(5)] == [1, 1, 1, 2, 2]
+    assert stage_at(0, stage1_steps=0) == (2, 2)
+
+
+def test_stage_one_takes_the_attempts_in_turn():
+    """Five steps for three turns (attempts 2, 3, 4): 0 -> 2, 1 -> 2, 2 -> 3, 3 -> 3, 4 -> 4."""
+    assert [stage_at(step, 5, num_attempts=4) for step in range(6)] == [(1, 2), (1, 2), (1, 3), (1, 3), (1, 4), (2, 4)]
+
+
+def test_stage1_steps_below_one_are_a_share():
+    assert resolve_stage1_steps(0.5, 3000) == 1500
+    assert resolve_stage1_steps(0, 3000) == 0
+    assert resolve_stage1_steps(1, 3000) == 1
+    assert resolve_stage1_steps(200.0, 100) == 200
+
+
+REWARDS = [[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]  # i→c, c→c, c→i, i→i
+
+
+def test_stage_one_rewards_the_last_attempt_only():
+    close(shaped_rewards(torch.tensor(REWARDS), stage=1, alpha=10.0), [[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+
+
+def test_bonus_penalizes_breaking_a_correct_answer():
+    """r2 + 10 (r2 - r1): 1 + 10, 1 + 0, 0 - 10, 0 + 0."""
+    expected = [[0.0, 11.0], [1.0, 1.0], [1.0, -10.0], [0.0, 0.0]]
+    close(shaped_rewards(torch.tensor(REWARDS), stage=2, alpha=10.0), expected)
+
+
+def test_alpha_zero_gives_equation_four():
+    close(shaped_rewards(torch.tensor(REWARDS), stage=2, alpha=0.0), REWARDS)
+
+
+def test_bonus_is_between_neighbours_in_three_attempts():
+    """0, 1 + 2 (1 - 0), 0 + 2 (0 - 1)."""
+    close(shaped_rewards(torch.tensor([[0.0, 1.0, 0.0]]), stage=2, alpha=2.0), [[0.0, 3.0, -2.0]])
+
+
+def test_first_sub_stage_trains_the_second_of_three_attempts():
+    close(shaped_rewards(torch.tensor([[1.0, 1.0, 1.0]]), stage=1, alpha=10.0, target=2), [[0.0, 1.0, 0.0]])
+
+
+def test_discount_credits_an_attempt_with_what_comes_after():
+    """alpha = 1, gamma = 0.5, r = (1, 0): attempt 2 gets 0 - 1, attempt 1 gets 1 + 0.5 * (-1)."""
+    close(shaped_rewards(torch.tensor([[1.0, 0.0]]), stage=2, alpha=1.0, gamma=0.5), [[0.5, -1.0]])
+
+
+def test_first_attempt_never_gets_one_minus_alpha():
+    """With gamma = 0 attempt 1 gets r1 alone, at every alpha; with gamma = 1 it gets r1 (1 - alpha) + .., the known trap."""
+    for alpha in (0.0, 1.0, 10.0):
+        close(shaped_rewards(torch.tensor(REWARDS), stage=2, alpha=alpha)[:, 0], [0.0, 1.0, 1.0, 0.0])
+    close(shaped_rewards(torch.tensor([[1.0, 0.0]]), stage=2, alpha=10.0, gamma=1.0)[:, 0], [-9.0])
+
+
+def test_unscored_attempt_takes_only_what_depends_on_it_along():
+    rewards = torch.tensor([[NAN, 1.0, 1.0], [1.0, NAN, 1.0]])
+    close(shaped_rewards(rewards, stage=2, alpha=10.0), [[NAN, NAN, 1.0], [1.0, NAN, NAN]])
+    close(shaped_rewards(rewards, stage=2, alpha=0.0), [[NAN, 1.0, 1.0], [1.0, NAN, 1.0]])
+    close(shaped_rewards(rewards, stage=1, alpha=10.0), [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+
+
+def test_shaping_leaves_its_input_alone():
+    rewards = torch.tensor(REWARDS)
+    shaped_rewards(rewards, stage=2, alpha=10.0, gamma=1.0)
+    close(rewards, REWARDS)
+
+
+def test_unknown_stage_is_an_error():
+    with pytest.raises(ValueError, match="1 or 2, got 3"):
+        shaped_rewards(torch.zeros(2, 2), stage=3, alpha=1.0)
+
+
+def test_baseline_is_the_mean_of_the_others():
+    """Group (3, 0, 0): 3 - 0, 0 - 3/2, 0 - 3/2. Group (1, 2, 6): 1 - 4, 2 - 7/2, 6 - 3/2. Attempts do not mix."""
+    rewards = torch.tensor([[3.0, 1.0], [0.0, 2.0], [0.0, 6.0], [1.0, 0.0], [2.0, 0.0], [6.0, 0.0]])
+    expected = [[3.0, -3.0], [-1.5, -1.5], [-1.5, 4.5], [-3.0, 0.0], [-1.5, 0.0], [4.5, 0.0]]
+    close(leave_one_out_advantages(rewards, num_generations=3), expected)
+
+
+def test_unscored_rollouts_stay_out_of_the_baseline():
+    """(1, NaN, 0): 1 - 0, nothing, 0 - 1. (NaN, NaN, 5): there is nothing to compare 5 with."""
+    close(leave_one_out_advantages(torch.tensor([[1.0], [NAN], [0.0]]), 3), [[1.0], [0.0], [-1.0]])
+    close(leave_one_out_advantages(torch.tensor([[NAN], [NAN], [5.0]]), 3), [[0.0], [0.0], [0.0]])
+
+
+def test_equal_rewards_and_single_rollouts_have_zero_advantage():
+    close(leave_one_out_advantages(torch.full((4, 2), 0.7), 4), [[0.0, 0.0]] * 4)
+    close(leave_one_out_advantages(torch.tensor([[1.0, 2.0]]), 1), [[0.0, 0.0]])
+
+
+def test_advantages_of_a_group_sum_to_zero():
+    torch.manual_seed(0)
+    advantages = leave_one_out_advantages(torch.rand(12, 3), 4)
+    torch.testing.assert_close(advantages.view(3, 4, 3).sum(1), torch.zeros(3, 3), atol=1e-6, rtol=0)
+
+
+def test_incomplete_groups_are_an_error():
+    with pytest.raises(ValueError, match="5 rollouts are not whole groups of `num_generations=2`"):
+        leave_one_out_advantages(torch.zeros(5, 2), 2)
+
+
+def test_stage_one_holds_the_attempts_before_its_target():
+    close(kl_weights(1, beta=0.01, stage1_beta=0.1), [0.11, 0.01])
+    close(kl_weights(2, beta=0.01, stage1_beta=0.1), [0.01, 0.01])
+    close(kl_weights(1, beta=0.01, stage1_beta=0.1, num_attempts=3, target=2), [0.11, 0.01, 0.01])
+    close(kl_weights(1, beta=0.01, stage1_beta=0.1, num_attempts=3), [0.11, 0.11, 0.01])
+
+
+def test_tokens_get_their_attempts_value_and_the_others_zero():
+    ids = torch.tensor([[1, 1, 0, 2, 0], [1, 0, 0, 2, 2]])
+    close(
+        spread_to_tokens(torch.tensor([[5.0, 7.0], [2.0, 3.0]]), ids), [[5.0, 5.0, 0, 7.0, 0], [2.0, 0, 0, 3.0, 3.0]]
+    )
+    close(spread_to_tokens(torch.tensor([5.0, 7.0]), ids), [[5.0, 5.0, 0, 7.0, 0], [5.0, 0, 0, 7.0, 7.0]])
+
+
+def test_sums_per_attempt_ignore_what_stands_elsewhere():
+    ids = torch.tensor([[1, 1, 0, 2, 0]])
+    close(sum_per_attempt(torch.tensor([[1.0, 2.0, NAN, 4.0, float("inf")]]), ids, 2), [[3.0, 4.0]])
