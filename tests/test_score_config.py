@@ -1,0 +1,176 @@
+"""Bad input is refused at construction, with what was set, why it cannot work and what to do."""
+
+import warnings
+
+import pytest
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, TrlParser
+
+from trl_score import SCoReConfig, SCoReTrainer
+from trl_score.tasks import Arithmetic
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH
+
+
+BAD_CONFIGURATIONS = [
+    ({"num_generations": 1}, "leave-one-out baseline needs two rollouts per problem, got `num_generations=1`"),
+    ({"num_attempts": 1}, "A correction needs an attempt to correct, got `num_attempts=1`"),
+    ({"alpha": -1.0}, "`alpha=-1.0` would reward turning right attempts into wrong ones"),
+    ({"gamma": 1.5}, "`gamma=1.5` is not a discount"),
+    ({"gamma": -0.1}, "`gamma=-0.1` is not a discount"),
+    ({"beta": 0.0}, "`beta=0.0` makes TRL load none. Set `beta` above 0; the paper uses 0.01"),
+    ({"beta": -0.1}, "`beta=-0.1` is negative"),
+    ({"stage1_beta": -0.1}, "`stage1_beta=-0.1` is negative"),
+    ({"eval_temperature": -1.0}, "`eval_temperature=-1.0` is negative"),
+    ({"stage1_steps": -1}, "`stage1_steps=-1` is neither a number of steps nor a share"),
+    ({"stage1_steps": 2.5}, "`stage1_steps=2.5` is neither a number of steps nor a share"),
+    ({"correction_instruction": " "}, "`correction_instruction` is empty"),
+    ({"importance_sampling_level": "sequence"}, "`importance_sampling_level='sequence'` is not supported"),
+    ({"loss_type": "sapo"}, "`loss_type='sapo'` is not supported"),
+    ({"loss_type": "vespo"}, "`loss_type='vespo'` is not supported"),
+    ({"loss_type": "luspo"}, "`loss_type='luspo'` is not supported"),
+    ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation='normalize_then_sum'` is not"),
+    ({"scale_rewards": "group"}, "`scale_rewards='group'` is not supported"),
+    ({"sync_ref_model": True}, "`sync_ref_model=True` is not supported"),
+]
+
+
+@pytest.mark.parametrize(("setting", "message"), BAD_CONFIGURATIONS, ids=lambda value: str(value)[:40])
+def test_bad_settings_are_refused(tmp_path, setting, message):
+    with pytest.raises(ValueError) as error:
+        SCoReConfig(str(tmp_path), **setting)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("setting", [{"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_sampling_from_another_distribution_than_the_trained_one_warns(tmp_path, setting):
+    (name, value), *_ = setting.items()
+    with pytest.warns(UserWarning, match=f"`{name}={value}`: attempts are sampled from another distribution"):
+        SCoReConfig(str(tmp_path), bf16=False, **setting)
+
+
+def test_defaults_are_the_papers_and_warn_of_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config = SCoReConfig(str(tmp_path), bf16=False)
+    paper = {"alpha": 10.0, "gamma": 0.0, "beta": 0.01, "stage1_beta": 0.1, "learning_rate": 5e-6, "temperature": 1.0}
+    assert {name: getattr(config, name) for name in paper} == paper
+    assert (config.num_attempts, config.num_generations_eval, config.eval_temperature) == (2, 1, 0.0)
+
+
+def test_training_without_any_kl_is_allowed(tmp_path):
+    SCoReConfig(str(tmp_path), bf16=False, beta=0.0, stage1_beta=0.0)
+    SCoReConfig(str(tmp_path), bf16=False, beta=0.0, stage1_steps=0)
+
+
+def test_configuration_is_read_from_arguments_and_yaml(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("alpha: 2.0\nstage1_steps: 0.25\nbf16: false\n")
+    arguments = ["--config", str(file), "--output_dir", str(tmp_path), "--num_attempts", "3", "--gamma", "0.5"]
+    (config,) = TrlParser(SCoReConfig).parse_args_and_config(arguments)
+    assert (config.alpha, config.stage1_steps, config.num_attempts, config.gamma) == (2.0, 0.25, 3, 0.5)
+
+
+# The trainer
+
+
+def refused(error, match, make, *args, **kwargs):
+    with pytest.raises(error, match=match):
+        make(*args, **kwargs)
+
+
+def test_dataset_without_prompt_is_refused(make_arithmetic_trainer):
+    rows = Arithmetic(num_train=8).load("train").rename_column("prompt", "problem")
+    match = r"`train_dataset` has no column `prompt`, only \['answer', 'problem'\]"
+    refused(ValueError, match, make_arithmetic_trainer, {"train_dataset": rows})
+    refused(ValueError, "`eval_dataset` has no column `prompt`", make_arithmetic_trainer, {"eval_dataset": rows})
+    evaluation = {"hard": rows}
+    refused(ValueError, r"`eval_dataset\['hard'\]` has no", make_arithmetic_trainer, {"eval_dataset": evaluation})
+
+
+def test_missing_and_empty_datasets_are_refused(make_arithmetic_trainer):
+    refused(ValueError, "`train_dataset` is missing", make_arithmetic_trainer, {"train_dataset": None})
+    empty = Arithmetic(num_train=8).load("train").select([])
+    refused(ValueError, "`train_dataset` has no rows", make_arithmetic_trainer, {"train_dataset": empty})
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "match"),
+    [
+        ("attempt", [1] * 8, "column `attempt`, the keyword by which a reward function"),
+        ("image", ["x"] * 8, "has images, which SCoRe does not support"),
+        ("correction_instruction", ["ok"] * 7 + [""], "empty `correction_instruction` in row 7"),
+    ],
+)
+def test_columns_that_cannot_work_are_refused(make_arithmetic_trainer, column, values, match):
+    rows = Arithmetic(num_train=8).load("train").add_column(column, values)
+    refused(ValueError, match, make_arithmetic_trainer, {"train_dataset": rows})
+
+
+def test_chat_messages_without_a_chat_template_are_refused(make_arithmetic_trainer):
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
+    tokenizer.chat_template = None
+    match = "chat messages, but the tokenizer has no chat template"
+    refused(ValueError, match, make_arithmetic_trainer, {"processing_class": tokenizer})
+
+
+def test_chat_template_that_hides_the_first_attempt_is_refused(make_arithmetic_trainer):
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
+    tokenizer.chat_template = "<user> {{ messages[-1].content }} <assistant> "
+    match = "does not render the assistant's turn"
+    refused(ValueError, match, make_arithmetic_trainer, {"processing_class": tokenizer})
+
+
+def test_context_too_short_for_all_attempts_is_refused(make_arithmetic_trainer):
+    """A context of 64 tokens, prompts of 8: with 5 instruction tokens and 2 attempts of 25 it is one token too much."""
+    make_arithmetic_trainer(max_completion_length=25)
+    match = (
+        "context of 64 tokens is too short: a prompt of 8 tokens, 2 attempts of up to 26 tokens .* and 6 tokens .* 66"
+    )
+    refused(ValueError, match, make_arithmetic_trainer, max_completion_length=26)
+    refused(ValueError, "3 attempts", make_arithmetic_trainer, max_completion_length=16, num_attempts=3)
+
+
+def test_options_of_the_parent_that_are_not_supported_are_refused(make_arithmetic_trainer):
+    for name, value in {"tools": [print], "rollout_func": print, "environment_factory": print}.items():
+        refused(ValueError, f"`{name}` is not supported by SCoRe", make_arithmetic_trainer, {name: value})
+
+
+def test_configuration_of_another_trainer_is_refused(tmp_path):
+    rows = Arithmetic(num_train=8)
+    match = "`args` must be a `SCoReConfig`, got `GRPOConfig`"
+    config = GRPOConfig(str(tmp_path), bf16=False)
+    refused(TypeError, match, SCoReTrainer, str(BASE_MODEL_PATH), rows.reward, config, rows.load("train"))
+
+
+def test_frozen_adapter_is_refused(make_arithmetic_trainer):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE_MODEL_PATH), LoraConfig(target_modules=["q_proj"]))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    refused(ValueError, "adapter is frozen", make_arithmetic_trainer, {"model": model})
+
+
+def test_named_reference_beside_an_adapter_is_refused(make_arithmetic_trainer):
+    options = {"peft_config": LoraConfig(target_modules=["q_proj"])}
+    path = str(BASE_MODEL_PATH)
+    refused(ValueError, "is for full fine-tuning", make_arithmetic_trainer, options, reference_model_name_or_path=path)
+
+
+def test_streamed_datasets_are_checked_by_their_first_rows(make_arithmetic_trainer):
+    def stream(column):
+        def rows():
+            yield from ({column: "a", "answer": "b"} for _ in range(8))
+
+        return IterableDataset.from_generator(rows)
+
+    trainer = make_arithmetic_trainer({"train_dataset": stream("prompt"), "eval_dataset": None})
+    assert isinstance(trainer.train_dataset, IterableDataset)
+    refused(ValueError, "no column `prompt`", make_arithmetic_trainer, {"train_dataset": stream("problem")})
+
+
+def test_plain_text_needs_no_chat_template(make_arithmetic_trainer):
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
+    tokenizer.chat_template = None
+    rows = Dataset.from_dict({"prompt": ["1 2 3"] * 8, "answer": ["6"] * 8})
+    make_arithmetic_trainer({"processing_class": tokenizer, "train_dataset": rows, "eval_dataset": None})
