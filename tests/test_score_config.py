@@ -30,7 +30,10 @@ BAD_CONFIGURATIONS = [
     ({"loss_type": "sapo"}, "`loss_type='sapo'` is not supported"),
     ({"loss_type": "vespo"}, "`loss_type='vespo'` is not supported"),
     ({"loss_type": "luspo"}, "`loss_type='luspo'` is not supported"),
-    ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation='normalize_then_sum'` is not"),
+    (
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        "`multi_objective_aggregation='normalize_then_sum'` is not",
+    ),
     ({"scale_rewards": "group"}, "`scale_rewards='group'` is not supported"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not supported"),
 ]
@@ -145,7 +148,9 @@ def test_configuration_of_another_trainer_is_refused(tmp_path):
 
 
 def test_frozen_adapter_is_refused(make_arithmetic_trainer):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE_MODEL_PATH), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(BASE_MODEL_PATH), LoraConfig(target_modules=["q_proj"])
+    )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     refused(ValueError, "adapter is frozen", make_arithmetic_trainer, {"model": model})

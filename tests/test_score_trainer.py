@@ -324,7 +324,7 @@ def test_reward_error_names_function_attempt_and_row_and_keeps_the_checkpoint(ma
         {"reward_funcs": function}, save_steps=1, num_generations=8, save_strategy="steps"
     )
     with pytest.raises(
-        RuntimeError, match=r"'(async_)?verifier' raised KeyError on attempt 2, row 0: .*content"
+        RuntimeError, match=r"'(async_)?verifier' raised KeyError on attempt 2, in row 0: .*content"
     ) as error:
         trainer.train()
     assert isinstance(error.value.__cause__, KeyError)

@@ -4,7 +4,7 @@ import os
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
@@ -25,8 +24,10 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, is_conversational
 from trl.chat_template_utils import parse_response
-from trl.trainer.utils import create_model_from_path, get_config_model_id, is_async_callable
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .checks import TRAINED_FLAG, check_datasets, check_model
+from .grading import graded
 from .metrics import attempt_changes, self_correction_values
 from .model_card import write_model_card
 from .objective import (
@@ -44,7 +45,6 @@ from .score_config import SCoReConfig
 
 logger = get_logger(__name__)
 
-TRAINED_FLAG = "score_trained"  # in the config.json of a saved model: it is no base model any more
 ROWS_CHECKED = 10_000  # prompts tokenized at construction to check the context length
 
 
@@ -137,8 +137,8 @@ class SCoReTrainer(GRPOTrainer):
         }.items():
             if value is not None:
                 raise ValueError(f"`{name}` is not supported by SCoRe, whose rollout is the attempts. Leave it out.")
-        _check_datasets(train_dataset, eval_dataset)
-        _check_model(model, args, peft_config)
+        check_datasets(train_dataset, eval_dataset)
+        check_model(model, args)
 
         super().__init__(
             model=model,
@@ -250,7 +250,7 @@ class SCoReTrainer(GRPOTrainer):
         def bridge(attempt, attempt_ids):
             return self._bridge(prompts, self._instructions, attempt, attempt_ids)
 
-        with self._eval_decoding() if mode == "eval" else _nothing():
+        with self._eval_decoding() if mode == "eval" else nullcontext():
             rollouts = roll_out(prompt_ids, generate, bridge, self.num_attempts)
         self._rollouts = rollouts
         self._completions = [self._decode(prompts, rollouts, k) for k in range(self.num_attempts)]
@@ -333,7 +333,7 @@ class SCoReTrainer(GRPOTrainer):
             for k in range(self.num_attempts):
                 self._attempt = k + 1
                 self.reward_funcs = [
-                    func if isinstance(func, nn.Module) else _graded(func, name, k + 1)
+                    func if isinstance(func, nn.Module) else graded(func, name, k + 1)
                     for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
                 ]
                 attempt_ids = [attempts[k] for attempts in self._rollouts.attempts]
@@ -553,126 +553,3 @@ class _TokenWeights:
     def __mul__(self, per_token_kl: Tensor) -> Tensor:
         self.values = per_token_kl  # (B, T)
         return self.weights * per_token_kl
-
-
-@contextmanager
-def _nothing():
-    yield
-
-
-def _graded(func: Callable, name: str, attempt: int) -> Callable:
-    """`func` for one attempt: gets the keyword `attempt`, and an error in it names the function, the attempt and the row."""
-
-    def check(rewards, completions):
-        if not hasattr(rewards, "__len__") or len(rewards) != len(completions):
-            got = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"`{type(rewards).__name__}`"
-            raise ValueError(
-                f"The reward function '{name}' returned {got} for {len(completions)} completions of attempt {attempt}. It "
-                "must return a list with one reward per completion, `None` where a completion cannot be scored."
-            )
-        return rewards
-
-    def one_row(kwargs, row):
-        size = len(kwargs["completions"])
-        return {
-            key: [value[row]] if isinstance(value, list) and len(value) == size else value
-            for key, value in kwargs.items()
-        }
-
-    def failure(error, row, kwargs):
-        where = (
-            "the whole batch, though on no single row"
-            if row is None
-            else f"row {row}: {one_row(kwargs, row)['prompts']}"
-        )
-        return RuntimeError(
-            f"The reward function '{name}' raised {type(error).__name__} on attempt {attempt}, {where}. A wrong answer is a "
-            "reward of 0 and an answer that cannot be scored is `None`; an exception stops the run. The last checkpoint is "
-            "intact."
-        )
-
-    if is_async_callable(func):
-
-        async def graded(**kwargs):
-            kwargs["attempt"] = attempt
-            try:
-                return check(await func(**kwargs), kwargs["completions"])
-            except Exception as error:
-                for row in range(len(kwargs["completions"])):
-                    try:
-                        await func(**one_row(kwargs, row))
-                    except Exception:
-                        raise failure(error, row, kwargs) from error
-                raise failure(error, None, kwargs) from error
-
-    else:
-
-        def graded(**kwargs):
-            kwargs["attempt"] = attempt
-            try:
-                rewards = func(**kwargs)
-            except Exception as error:
-                for row in range(len(kwargs["completions"])):
-                    try:
-                        func(**one_row(kwargs, row))
-                    except Exception:
-                        raise failure(error, row, kwargs) from error
-                raise failure(error, None, kwargs) from error
-            return check(rewards, kwargs["completions"])
-
-    return graded
-
-
-def _check_datasets(train_dataset, eval_dataset):
-    datasets = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    elif eval_dataset is not None:
-        datasets["eval_dataset"] = eval_dataset
-    for name, dataset in datasets.items():
-        if dataset is None:
-            raise ValueError(f"`{name}` is missing. Pass a dataset with a column `prompt`.")
-        row = next(iter(dataset), None)
-        if row is None:
-            raise ValueError(f"`{name}` has no rows.")
-        columns = sorted(row)
-        if "prompt" not in columns:
-            raise ValueError(
-                f"`{name}` has no column `prompt`, only {columns}. Rename the column that holds the problem: "
-                "`dataset.rename_column(..., 'prompt')`."
-            )
-        if "attempt" in columns:
-            raise ValueError(
-                f"`{name}` has a column `attempt`, the keyword by which a reward function is told which attempt it grades. "
-                "Rename the column."
-            )
-        if "image" in columns or "images" in columns:
-            raise ValueError(f"`{name}` has images, which SCoRe does not support. Remove the column.")
-        if "correction_instruction" in columns and isinstance(dataset, Dataset):
-            for index, instruction in enumerate(dataset["correction_instruction"]):
-                if instruction is not None and not instruction.strip():
-                    raise ValueError(
-                        f"`{name}` has an empty `correction_instruction` in row {index}. Set it to a sentence, or to None "
-                        "for the configured one."
-                    )
-
-
-def _check_model(model, args: SCoReConfig, peft_config: PeftConfig | None):
-    """A model that SCoRe has trained is not the base model, so it must not silently become the reference."""
-    if args.beta == 0 or args.reference_model_name_or_path is not None:
-        return
-    if isinstance(model, str):
-        kwargs = args.model_init_kwargs or {}
-        config = AutoConfig.from_pretrained(
-            model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-        )
-    else:
-        config = model.config
-    if getattr(config, TRAINED_FLAG, False):
-        raise ValueError(
-            f"'{get_config_model_id(config) or model}' was trained by SCoRe, so it is not the base model that both stages "
-            "hold to, and TRL would make it the reference. Train both stages in one run (`stage1_steps`), continue a run "
-            "with `resume_from_checkpoint`, or set `reference_model_name_or_path` to the base model (to this model itself, "
-            "if it is meant as the base of a new run)."
-            + (" With `peft_config`, merge and save the model without the flag first." if peft_config else "")
-        )
