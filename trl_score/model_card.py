@@ -32,19 +32,20 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     columns = [f"Accuracy@t{k + 1}" for k in range(config.num_attempts)]
     columns += [f"Δ(t1,t{config.num_attempts})", "Δ(i→c)", "Δ(c→i)"]
     evaluations = [
-        {"step": log["step"], "values": [f"{100 * log[f'eval_{name}']:.1f}" for name in names]}
+        [str(log["step"]), *(f"{100 * log[f'eval_{name}']:.1f}" for name in names)]
         for log in state.log_history
         if all(log.get(f"eval_{name}") is not None for name in names)
     ]
+    table = [["optimizer steps", *columns], ["---:"] * (len(columns) + 1), *evaluations]
     template = Template(
-        resources.files("trl_score").joinpath("templates/score_model_card.md").read_text("utf-8"), trim_blocks=True
+        resources.files("trl_score").joinpath("templates/score_model_card.md").read_text("utf-8"),
+        trim_blocks=True,
     )
     section = template.render(
         config=config,
         model_id=config.hub_model_id or "path or Hub id of this model",
         instruction=json.dumps(config.correction_instruction, ensure_ascii=False),
-        columns=columns,
-        evaluations=evaluations,
+        results="\n".join(f"| {' | '.join(row)} |" for row in table) if evaluations else None,
         decoding="greedy decoding" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}",
         max_steps=state.max_steps,
         stage1_steps=min(resolve_stage1_steps(config.stage1_steps, state.max_steps), state.max_steps),
@@ -56,5 +57,5 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     _, _, after = rest.partition("## Training procedure")
     if card.data.base_model is None:  # a local base model has no name that means anything elsewhere
         before = before.replace("of [None](https://huggingface.co/None)", "of a local model")
-    card.text = f"{before}{section}## Training procedure{after}"
+    card.text = f"{before}{section}\n\n## Training procedure{after}"
     card.save(path)

@@ -356,6 +356,7 @@ class SCoReTrainer(GRPOTrainer):
     # Advantages and KL weights
 
     def _generate_and_score_completions(self, inputs):
+        begin = time.perf_counter()
         mode = "train" if self.model.training else "eval"
         self._instructions = [row.get("correction_instruction") or self.args.correction_instruction for row in inputs]
         output = super()._generate_and_score_completions(inputs)
@@ -387,6 +388,7 @@ class SCoReTrainer(GRPOTrainer):
             output["importance_sampling_ratio"] = self._importance_sampling_ratio(output)
 
         self._log_rollouts(mode, stage, rewards, correct=per_func[:, :, 0], advantages=advantages)
+        self._metrics[mode]["time/batch"].append(time.perf_counter() - begin)
         return output
 
     def _importance_sampling_ratio(self, output: dict[str, Tensor]) -> Tensor:
@@ -490,6 +492,7 @@ class SCoReTrainer(GRPOTrainer):
             delattr(self.model.config, TRAINED_FLAG)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
+        model_name = model_name or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
             write_model_card(Path(self.args.output_dir) / "README.md", self)
