@@ -13,8 +13,8 @@ Accuracy@t2 to rise from 55 % to above 95 % on held-out problems.
         --dataset_name trl-lib/DeepMath-103K --use_peft --load_in_4bit --output_dir outputs/qwen
 
 trains any causal language model on any dataset (Hub id, folder, or a .json/.jsonl file) with a column `prompt` (chat
-messages or text; `problem` and `question` are taken for it) and a column `solution` (or `answer`), which math-verify
-compares. Every field of SCoReConfig and of TRL's ModelConfig is an argument; `--config FILE.yaml` reads them from a file.
+messages or text; else `problem` or `question`, as the user's message) and a column `solution` (or `answer`), which
+math-verify compares. Every field of SCoReConfig and of TRL's ModelConfig is an argument; `--config FILE.yaml` reads them from a file.
 """
 
 import sys
@@ -71,11 +71,19 @@ def load_rows(script_args: ScriptArguments) -> DatasetDict:
         sys.exit(f"The dataset '{name}' cannot be had: {str(error).splitlines()[0]}")
     if split not in rows:
         sys.exit(f"The dataset '{name}' has no split '{split}', only {sorted(rows)}. Set --dataset_train_split.")
-    for wanted, others in {"prompt": ("problem", "question"), "solution": ("answer",)}.items():
-        columns = rows[split].column_names
-        if wanted not in columns and (found := next((other for other in others if other in columns), None)):
-            rows = rows.rename_column(found, wanted)
+    columns = rows[split].column_names
+    problem = next((column for column in ("problem", "question") if column in columns), None)
+    if "prompt" not in columns and problem is not None:
+        rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row[problem]}]}, remove_columns=problem)
+    if "solution" not in columns and "answer" in columns:
+        rows = rows.rename_column("answer", "solution")
     return rows
+
+
+def reward(completions, solution, **kwargs):
+    """TRL's `accuracy_reward` (math-verify), also for plain text."""
+    messages = [[{"content": text}] if isinstance(text, str) else text for text in completions]
+    return accuracy_reward(messages, solution, **kwargs)
 
 
 def main():
@@ -89,10 +97,10 @@ def main():
     if script_args.dataset_name == Arithmetic.name:
         task = Arithmetic()
         rows = DatasetDict({"train": task.load("train"), "test": task.load("test")})
-        reward, args.correction_instruction = task.reward, task.correction_instruction
+        grade, args.correction_instruction = task.reward, task.correction_instruction
         model_args.model_name_or_path = model_args.model_name_or_path or str(BASE_MODEL_PATH)
     else:
-        rows, reward = load_rows(script_args), accuracy_reward
+        rows, grade = load_rows(script_args), reward
     if model_args.model_name_or_path is None:
         sys.exit("Which model? Give --model_name_or_path: a Hub id or a folder.")
     eval_rows = rows.get(script_args.dataset_test_split)
@@ -101,7 +109,7 @@ def main():
     try:
         trainer = SCoReTrainer(
             model=model_args.model_name_or_path,
-            reward_funcs=reward,
+            reward_funcs=grade,
             args=args,
             train_dataset=rows[script_args.dataset_train_split],
             eval_dataset=eval_rows,

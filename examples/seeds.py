@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, method: str, seed: int) -> dict[str, list[floa
         command += ["--seed", str(seed), "--output_dir", str(folder), *METHODS[method]]
         if args.model_name_or_path is not None:
             command += ["--model_name_or_path", args.model_name_or_path]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, stdout=sys.stderr)
     return json.loads(result.read_text())["table"]
 
 

@@ -1,0 +1,91 @@
+"""What is there is documented, and what is documented is there."""
+
+import doctest
+import importlib
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import GRPOConfig
+
+import trl_score
+from trl_score import SCoReConfig
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_field_has_help_and_a_docstring():
+    inherited = {field.name: field.default for field in fields(GRPOConfig)}
+    ours = [field for field in fields(SCoReConfig) if inherited.get(field.name, object) != field.default]
+    assert len(ours) >= 12
+    for field in ours:
+        assert field.metadata["help"]
+        documented = re.search(
+            rf"^        {field.name} \(.*defaults to `(.*)`\):|^        {field.name} \(", SCoReConfig.__doc__, re.M
+        )
+        assert documented, field.name
+        if documented[1] is not None:
+            assert documented[1].strip('"') == str(field.default) or float(documented[1]) == field.default, field.name
+
+
+def test_every_logged_key_is_documented_and_the_other_way_round(make_arithmetic_trainer):
+    trainer = make_arithmetic_trainer(max_steps=1, num_attempts=3)
+    trainer.train()
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([^`]+)` \|", text, re.M))
+    logged = trainer.state.log_history[0].keys()
+    stock = r"(loss|grad_norm|learning_rate|epoch|step|num_tokens|step_time|entropy|kl|reward|reward_std|frac_reward_zero_std|rewards/.*|clip_ratio/.*|completions/(mean|min|max)_(terminated_)?length|completions/clipped_ratio)"
+    ours = {re.sub(r"t\d_t\d$", "t{k}_t{k+1}", key) for key in logged if not re.fullmatch(stock, key)}
+    ours = {re.sub(r"_t\d$", "_t{k}", key) for key in ours}
+    assert ours == documented
+
+
+@pytest.mark.parametrize("module", ["objective", "metrics", "tasks.arithmetic"])
+def test_examples_in_docstrings_are_true(module):
+    module = importlib.import_module(f"trl_score.{module}")
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
+    for name, item in [("module", module), *inspect.getmembers(module, inspect.isfunction)]:
+        if item is module or item.__module__ == module.__name__:
+            text = (
+                (item.__doc__ or "").replace("```python", "").replace("```", "")
+            )  # TRL's docstrings fence their examples
+            runner.run(parser.get_doctest(text, vars(module), name, None, None))
+    assert runner.summarize().attempted and not runner.summarize().failed
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code = code.replace("max_steps=90", "max_steps=1").replace(
+        "per_device_train_batch_size=512", "per_device_train_batch_size=16"
+    )
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_links_in_the_docs_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_file_tree_of_the_readme_is_the_tree():
+    tree = re.search(r"## Files\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    names = set(re.findall(r"^ *(\w+\.py)\b", tree, re.M))
+    files = {path.name for path in (ROOT / "trl_score").rglob("*.py")} - {"__init__.py", "_version.py"}
+    assert names == files
+
+
+def test_configurations_are_valid(tmp_path):
+    for file in (ROOT / "examples" / "configs").glob("*.yaml"):
+        settings = yaml.safe_load(file.read_text())
+        known = {field.name for field in fields(SCoReConfig)} | {"dataset_name", "model_name_or_path"}
+        assert settings.keys() <= known, file.name
+
+
+def test_version_is_public():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", trl_score.__version__)
+    assert set(trl_score.__all__) == {"SCoReConfig", "SCoReTrainer", "__version__"}

@@ -1,0 +1,113 @@
+"""The example scripts, as a user runs them: in a process of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MODEL = ["--model_name_or_path", str(BASE_MODEL_PATH)]
+SMALL = ["--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none", "--max_completion_length", "8"]
+SMALL += ["--max_steps", "2", "--num_generations", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
+
+
+def run(*arguments, launcher=(sys.executable,)):
+    command = [*launcher, str(EXAMPLES / "math.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    rows = [{"question": f"{i} {i + 1}", "answer": f"${2 * i + 1}$"} for i in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_embedded_run_evaluates_trains_and_saves(tmp_path):
+    launcher = [str(Path(sys.executable).parent / "accelerate"), "launch"]
+    arguments = [
+        "--max_steps",
+        "2",
+        "--stage1_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "16",
+        "--logging_steps",
+        "1",
+    ]
+    done = run(*arguments, "--output_dir", tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "1000 held-out problems, greedy decoding" in done.stdout
+    assert done.stdout.count("attempt 1  ") == 3
+    assert "Accuracy@t2 " in done.stdout and "unchanged" not in done.stderr
+    numbers = json.loads((tmp_path / "self_correction.json").read_text())
+    assert numbers["table"]["Δ(t1,t2)"][0] < -5
+    card = (tmp_path / "README.md").read_text()
+    assert "| 0 | 66.1 | 55.0 | -11.1 |" in card
+    assert str(tmp_path) not in card and str(BASE_MODEL_PATH) not in card
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_other_model_and_local_dataset_with_a_quantized_adapter(tmp_path, problems):
+    arguments = [
+        *MODEL,
+        *SMALL,
+        "--dataset_name",
+        problems,
+        "--use_peft",
+        "--load_in_4bit",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    arguments += ["--lora_target_modules", "q_proj", "v_proj", "--correction_instruction", "again"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_settings_are_read_from_a_file(tmp_path, problems):
+    file = tmp_path / "config.yaml"
+    settings = {"model_name_or_path": str(BASE_MODEL_PATH), "dataset_name": str(problems), "max_steps": 1}
+    settings |= {"output_dir": str(tmp_path / "out"), "correction_instruction": "again", "num_attempts": 3}
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    done = run(
+        "--config",
+        file,
+        *[item for item in SMALL if item not in ("--max_steps", "2")][:8],
+        "--num_generations",
+        2,
+        "--per_device_train_batch_size",
+        2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| attempts | 3 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*MODEL], "Which problems? Give --dataset_name"),
+        (["--dataset_name", "no/such-dataset"], "The dataset 'no/such-dataset' cannot be had: "),
+        ([*MODEL, "--dataset_name", "missing.jsonl"], "The dataset 'missing.jsonl' cannot be had: "),
+        (
+            ["--model_name_or_path", "no/such-model", "--dataset_name", "arithmetic"],
+            "The model 'no/such-model' cannot be",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_said_in_one_line(tmp_path, arguments, message):
+    done = run(*arguments, *SMALL, "--output_dir", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr
+
+
+def test_dataset_alone_asks_for_a_model(tmp_path, problems):
+    done = run("--dataset_name", problems, *SMALL, "--output_dir", tmp_path)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("Which model?")
