@@ -211,7 +211,7 @@ class SCoReTrainer(GRPOTrainer):
 
     def generate_attempts(self, prompts: list, instructions: list[str] | None = None) -> list[list[str]]:
         """
-        All attempts at some problems, decoded as in evaluation (`eval_temperature`).
+        All attempts at some problems, in one batch, decoded as in evaluation (`eval_temperature`).
 
         Args:
             prompts (`list`):
@@ -238,7 +238,6 @@ class SCoReTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         mode = "train" if self.model.training else "eval"
-        start = time.perf_counter()
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         # The rollouts of a problem share their prompt, but each has a first attempt of its own.
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
@@ -254,7 +253,6 @@ class SCoReTrainer(GRPOTrainer):
             rollouts = roll_out(prompt_ids, generate, bridge, self.num_attempts)
         self._rollouts = rollouts
         self._completions = [self._decode(prompts, rollouts, k) for k in range(self.num_attempts)]
-        self._metrics[mode]["time/rollout"].append(time.perf_counter() - start)
 
         trained = rollouts.attempt_ids
         if self.args.mask_truncated_completions:
@@ -313,14 +311,15 @@ class SCoReTrainer(GRPOTrainer):
         return [[not ids or ids[-1] not in self.eos_token_ids for ids in row] for row in rollouts.attempts]
 
     def _generate(self, prompts: list):
+        start = time.perf_counter()
         prompt_ids, completion_ids, tool_mask, completions, *rest = super()._generate(prompts)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["time/rollout"].append(time.perf_counter() - start)
         if is_conversational({"prompt": prompts[0]}):  # for the completions table: one message per turn
-            completions = [list(attempts[0]) for attempts in zip(*self._completions[:1], strict=True)]
-            for k in range(1, self.num_attempts):
-                for row, instruction, attempt in zip(
-                    completions, self._instructions, self._completions[k], strict=True
-                ):
-                    row += [{"role": "user", "content": instruction}, *attempt]
+            completions = []
+            for instruction, first, *others in zip(self._instructions, *self._completions, strict=True):
+                user = {"role": "user", "content": instruction}
+                completions.append(first + [message for attempt in others for message in (user, *attempt)])
         return prompt_ids, completion_ids, tool_mask, completions, *rest
 
     # Rewards
