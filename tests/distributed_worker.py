@@ -1,0 +1,74 @@
+"""
+What test_distributed.py runs in each process: SCoRe on rollouts that are a function of the context and of the row's number in
+the global batch, so that they do not depend on how many processes there are.
+"""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from trl_score import SCoReConfig, SCoReTrainer
+from trl_score.tasks import Arithmetic
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH
+
+
+class FixedRollouts(SCoReTrainer):
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        first_row = self.accelerator.process_index * len(prompt_ids)
+        end = self._tokenizer.eos_token_id
+        sampled = []
+        for row, context in enumerate(prompt_ids, start=first_row):
+            rng = random.Random(f"{context} {row}")
+            ids = [rng.randrange(10) for _ in range(rng.randint(1, self.max_completion_length))]
+            sampled.append(ids if len(ids) == self.max_completion_length else [*ids, end])
+        return sampled, None
+
+
+def reward(completions, answer, **kwargs):
+    """The share of the line's numbers that are right: random lines are hardly ever right as a whole."""
+    pairs = [
+        (completion[0]["content"].split(), gold.split()) for completion, gold in zip(completions, answer, strict=True)
+    ]
+    return [sum(got == wanted for got, wanted in zip(text, gold, strict=False)) / len(gold) for text, gold in pairs]
+
+
+def main():
+    folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    config = SCoReConfig(
+        **{
+            "output_dir": str(folder / "out"),
+            "correction_instruction": Arithmetic.correction_instruction,
+            "max_completion_length": 8,
+            "learning_rate": 1.0,
+            "optim": "sgd",  # Adam would turn rounding of tiny gradients into whole steps
+            "max_grad_norm": 0.1,
+            "alpha": 2.0,
+            "stage1_beta": 0.5,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **settings,
+        }
+    )
+    rows = Arithmetic(num_train=16).load("train")
+    trainer = FixedRollouts(str(BASE_MODEL_PATH), reward, config, train_dataset=rows)
+    assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+    start = {f"start.{name}": value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    if trainer.is_world_process_zero():
+        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        torch.save({**start, **weights}, folder / "weights.pt")
+        logs = [log for log in trainer.state.log_history if "stage" in log]
+        (folder / "logs.json").write_text(json.dumps(logs))
+
+
+if __name__ == "__main__":
+    main()
