@@ -251,6 +251,7 @@ class SCoReTrainer(GRPOTrainer):
 
         with self._eval_decoding() if mode == "eval" else nullcontext():
             rollouts = roll_out(prompt_ids, generate, bridge, self.num_attempts)
+        self.model.train(mode == "train")  # TRL's continuous batching leaves it in training mode
         self._rollouts = rollouts
         self._completions = [self._decode(prompts, rollouts, k) for k in range(self.num_attempts)]
 
