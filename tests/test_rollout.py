@@ -1,30 +1,37 @@
 """Tokens in, tokens out: what the second attempt sees is the prompt, the sampled tokens and the template's bridge."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 import trl
+from jinja2 import UndefinedError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_score.rollout import Bridge, Rollouts, roll_out
+from trl_score.rollout import Bridge, roll_out
 
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEMPLATES = {path.stem: path.read_text() for path in Path(trl.__file__).parent.glob("chat_templates/*.jinja")}
+FILES = Path(trl.__file__).parent.glob("chat_templates/*.jinja")
+TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in FILES}
 TEMPLATES["chatml"] = CHATML
 # These take a message's content as a list of blocks, images among them; SCoRe is for text.
 FOR_IMAGES = {"idefics3", "idefics3_training", "llava_next", "llava_next_training", "smolvlm", "smolvlm_training"}
+FOR_TEXT = sorted(set(TEMPLATES) - FOR_IMAGES)
+NO_SYSTEM = {"gemma", "gemma_training"}  # these raise on a system message
 
 PROMPT = [{"role": "user", "content": "How much is 3 + 4?"}]
+SYSTEM = [{"role": "system", "content": "Be brief."}, *PROMPT]
+TURNS = [*PROMPT, {"role": "assistant", "content": "7"}, {"role": "user", "content": "And 5 more?"}]
 INSTRUCTION = "There might be an error in the solution above. Please correct it, if any."
-ANSWER = "The sum of both is 12."
 
 
+@cache
 def make_tokenizer(template, eos_token=None, merges=()):
     """A byte-level tokenizer whose special tokens are those of the template: with no merges, text and ids are one to one."""
     vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -46,133 +53,173 @@ def make_tokenizer(template, eos_token=None, merges=()):
         clean_up_tokenization_spaces=False,
     )
     if eos_token is None:  # the token that closes the assistant's turn
-        after = render(tokenizer, ANSWER).split(ANSWER)[1]
+        after = rendered_after(tokenizer, PROMPT, attempt=1)
         closing = min((token for token in tokenizer.all_special_tokens if token in after), key=after.index)
         return make_tokenizer(template, eos_token=closing, merges=merges)
     return tokenizer
 
 
-def render(tokenizer, answer, prompt=PROMPT):
-    turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": INSTRUCTION}]
-    return tokenizer.apply_chat_template(prompt + turns, tokenize=False, add_generation_prompt=True)
+def rendered_after(tokenizer, prompt, attempt):
+    """What the template renders after attempt `attempt`: the common end of two conversations that differ only there."""
+
+    def render(last):
+        answers = [f"My answer number {k}." for k in range(1, attempt)] + [last]
+        texts = [pair for answer in answers for pair in (("assistant", answer), ("user", INSTRUCTION))]
+        turns = [{"role": role, "content": text} for role, text in texts]
+        return tokenizer.apply_chat_template(prompt + turns, tokenize=False, add_generation_prompt=True)
+
+    one, other = render("The sum is 12."), render("Is the sum 8?")
+    length = [a == b for a, b in zip(reversed(one), reversed(other), strict=False)].index(False)
+    return one[len(one) - length :]
 
 
 def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def contexts_of(tokenizer, attempts, prompt=PROMPT, instructions=None, num_attempts=2):
-    """Run a rollout with given attempts: the contexts that each attempt was sampled from, and the rollouts."""
-    seen = []
+def run(tokenizer, attempts, prompts, instructions=None):
+    """Roll out a policy that says `attempts[k - 1][i]`: ids of the prompts, contexts of each attempt, rollouts."""
+    bridge, contexts_seen = Bridge(tokenizer), []
+    instructions = instructions or [INSTRUCTION] * len(prompts)
+    prompt_ids = [
+        encode(tokenizer, prompt)
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for prompt in prompts
+    ]
 
     def generate(contexts, attempt):
-        seen.append([list(context) for context in contexts])
-        return [list(ids) for ids in attempts], None
+        contexts_seen.append([list(context) for context in contexts])
+        return attempts[attempt - 1], None
 
-    size = len(attempts)
-    bridge = Bridge(tokenizer)
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    rollouts = roll_out(
-        [prompt_ids] * size,
-        generate,
-        lambda attempt, ids: bridge([prompt] * size, instructions or [INSTRUCTION] * size, attempt, ids),
-        num_attempts,
-    )
-    return seen, rollouts, prompt_ids
+    def between(attempt, attempt_ids):
+        return bridge(prompts, instructions, attempt, attempt_ids)
+
+    return prompt_ids, contexts_seen, roll_out(prompt_ids, generate, between, len(attempts))
 
 
-@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - FOR_IMAGES))
-def test_context_of_the_second_attempt_is_prompt_sampled_ids_and_bridge(name):
+@pytest.mark.parametrize("prompt", [PROMPT, SYSTEM, TURNS], ids=["problem", "system", "turns"])
+@pytest.mark.parametrize("name", FOR_TEXT)
+def test_context_of_an_attempt_is_prompt_sampled_ids_and_bridges(name, prompt):
     """For an attempt that closed its turn, one that was cut off, one that is only the end, and one that is nothing."""
+    if prompt is SYSTEM and name in NO_SYSTEM:
+        pytest.skip("the template raises on a system message")
     tokenizer = make_tokenizer(TEMPLATES[name])
-    end, answer = tokenizer.eos_token_id, encode(tokenizer, ANSWER)
-    attempts = [[*answer, end], answer, [end], []]
-    (first, second), rollouts, prompt_ids = contexts_of(tokenizer, attempts)
-    assert first == [prompt_ids] * 4
-    for context, attempt, (bridge,) in zip(second, attempts, rollouts.bridges, strict=True):
-        assert context == prompt_ids + attempt + bridge
+    end = tokenizer.eos_token_id
+    said = [encode(tokenizer, text) for text in ("The sum of both is 12.", "I was wrong, it is 7.", "7, then.")]
+    attempts = [[[*answer, end], answer, [end], []] for answer in said]
+    prompt_ids, contexts, rollouts = run(tokenizer, attempts, [prompt] * 4)
+    assert contexts[0] == prompt_ids
+    for row, (one, two) in enumerate(rollouts.bridges):
+        assert contexts[1][row] == prompt_ids[row] + attempts[0][row] + one
+        assert contexts[2][row] == prompt_ids[row] + attempts[0][row] + one + attempts[1][row] + two
+        assert contexts[2][row] + attempts[2][row] == prompt_ids[row] + rollouts.completion_ids[row]
 
-    # What the template renders after an assistant's text, found without a sentinel and without `Bridge`.
-    after = render(tokenizer, ANSWER).split(ANSWER)
-    assert len(after) == 2
-    expected = encode(tokenizer, after[1])
-    closing = expected[: expected.index(end) + 1]  # a template may put a line break before its end of turn
-    assert INSTRUCTION not in tokenizer.decode(closing)
-    closed, cut, only_end, empty = (bridge for (bridge,) in rollouts.bridges)
-    assert cut == empty == expected
-    assert closed == only_end == expected[len(closing) :]
-
-    text = tokenizer.decode(cut)
-    assert text.count(INSTRUCTION) == 1 and "system" not in text.lower() and "assistant-text" not in text.lower()
+    for attempt, bridges in enumerate(zip(*rollouts.bridges, strict=True), start=1):
+        closed, cut, only_end, empty = bridges
+        whole = encode(tokenizer, rendered_after(tokenizer, prompt, attempt))
+        closing = whole[: whole.index(end) + 1]  # a template may put a line break before its end of turn
+        assert INSTRUCTION not in tokenizer.decode(closing)
+        assert cut == empty == whole
+        assert closed == only_end == whole[len(closing) :]
+        text = tokenizer.decode(cut)
+        assert text.count(INSTRUCTION) == 1 and prompt[-1]["content"] not in text
+        assert "system" not in text.lower() and SYSTEM[0]["content"] not in text
 
 
 def test_templates_for_images_are_the_ones_that_do_not_take_text():
     """They render nothing of a text, or fail on it: if one did render it, it would belong into the test above."""
     for name in FOR_IMAGES:
-        bridge = Bridge(make_tokenizer(TEMPLATES[name], eos_token="<eos>"))
-        with pytest.raises(Exception):  # noqa: B017
-            bridge.text(PROMPT, INSTRUCTION)
+        with pytest.raises((ValueError, UndefinedError)):
+            Bridge(make_tokenizer(TEMPLATES[name], eos_token="<eos>")).text(PROMPT, INSTRUCTION)
 
 
-def test_sampled_ids_are_never_decoded_and_encoded_again():
-    """The tokenizer would write `ab` as one token; the policy wrote it as two."""
-    tokenizer = make_tokenizer(CHATML, merges=[("a", "b")])
-    a, b, ab = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "ab"))
-    assert encode(tokenizer, tokenizer.decode([a, b])) == [ab]
-    (_, second), rollouts, prompt_ids = contexts_of(tokenizer, [[a, b, tokenizer.eos_token_id]])
-    assert second[0][len(prompt_ids) : len(prompt_ids) + 3] == [a, b, tokenizer.eos_token_id]
-    assert rollouts.attempts[0][0] == [a, b, tokenizer.eos_token_id]
+def test_attempt_cut_off_at_a_token_of_the_bridge_is_not_taken_for_closed():
+    """A line break, or a letter of the role's name, stands in the bridge but closes no turn."""
+    damaged = []
+    for name in FOR_TEXT:
+        tokenizer = make_tokenizer(TEMPLATES[name])
+        whole = encode(tokenizer, rendered_after(tokenizer, PROMPT, attempt=1))
+        attempts = [encode(tokenizer, text) for text in ("12\n", "12\n\n", "I am the user", "The sums")]
+        _, _, rollouts = run(tokenizer, [attempts, attempts], [PROMPT] * 4)
+        damaged += [name] if any(bridge != whole for (bridge,) in rollouts.bridges) else []
+    assert damaged == []
+
+
+@pytest.mark.parametrize(("name", "closing"), [("cohere2", "<|END_OF_TURN_TOKEN|>"), ("gemma3", "<end_of_turn>")])
+def test_end_of_turn_that_is_not_the_tokenizers_end_of_sequence_is_not_doubled(name, closing):
+    """Gemma's end of sequence is `<eos>`; Cohere 2 writes two tokens at the end of a turn, of which one is sampled last."""
+    tokenizer = make_tokenizer(TEMPLATES[name], eos_token="<eos>")
+    _, (_, [context]), _ = run(tokenizer, [[encode(tokenizer, f"It is 12.{closing}")]] * 2, [PROMPT])
+    after = tokenizer.decode(context).partition("It is 12.")[2]
+    assert after == closing + rendered_after(tokenizer, PROMPT, attempt=1).partition(closing)[2]
 
 
 def test_end_of_sequence_that_is_not_the_templates_keeps_the_templates():
     """A policy that closes its turn with another token: its token is kept, and the template's end of turn follows."""
     tokenizer = make_tokenizer(CHATML, eos_token="<|endoftext|>")
-    _, rollouts, _ = contexts_of(tokenizer, [[*encode(tokenizer, ANSWER), tokenizer.eos_token_id]])
-    assert tokenizer.decode(rollouts.bridges[0][0]).startswith("<|im_end|>\n<|im_start|>user\n")
+    _, (_, [context]), _ = run(tokenizer, [[encode(tokenizer, "It is 12.<|endoftext|>")]] * 2, [PROMPT])
+    assert "It is 12.<|endoftext|><|im_end|>\n<|im_start|>user\n" in tokenizer.decode(context)
 
 
-def test_three_attempts_and_what_belongs_to_whom():
-    """y1 = `a`, end; y2 = `a`, end; ..: bridges have the id 0 and no log-probability."""
-    tokenizer = make_tokenizer(CHATML)
-    attempt = [*encode(tokenizer, "a"), tokenizer.eos_token_id]
-    (first, second, third), rollouts, _prompt_ids = contexts_of(tokenizer, [attempt], num_attempts=3)
-    one, two = rollouts.bridges[0]
-    assert one == two == encode(tokenizer, f"\n<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
-    assert second == [first[0] + attempt + one]
-    assert third == [second[0] + attempt + two]
-    assert rollouts.completion_ids == [attempt + one + attempt + two + attempt]
-    gap = [0] * len(one)
-    assert rollouts.attempt_ids == [[1, 1, *gap, 2, 2, *gap, 3, 3]]
-    assert rollouts.completion_logprobs is None
+def test_sampled_ids_are_never_decoded_and_encoded_again():
+    """The tokenizer would write `ab` as one token; the policy wrote it as two."""
+    tokenizer = make_tokenizer(CHATML, merges=(("a", "b"),))
+    a, b, ab = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "ab"))
+    assert encode(tokenizer, tokenizer.decode([a, b])) == [ab]
+    attempt = [a, b, tokenizer.eos_token_id]
+    [prompt_ids], (_, [context]), rollouts = run(tokenizer, [[attempt]] * 2, [PROMPT])
+    assert context == prompt_ids + attempt + rollouts.bridges[0][0]
+    assert rollouts.attempts == [[attempt, attempt]]
 
 
-def test_log_probabilities_line_up_with_the_tokens():
-    logprobs = [[[-0.1, -0.2], [-0.3]], [[], [-0.4]]]
-    rollouts = Rollouts([[9], [9]], [[[1, 2], [3]], [[], [4]]], [[[7, 8]], [[7, 8]]], logprobs)
-    assert rollouts.completion_ids == [[1, 2, 7, 8, 3], [7, 8, 4]]
-    assert rollouts.attempt_ids == [[1, 1, 0, 0, 2], [0, 0, 2]]
-    assert rollouts.completion_logprobs == [[-0.1, -0.2, 0.0, 0.0, -0.3], [0.0, 0.0, -0.4]]
+@pytest.mark.parametrize("with_logprobs", [True, False])
+def test_three_attempts_line_up_with_their_numbers_and_log_probabilities(with_logprobs):
+    """
+    Attempts 2 3, 4 and 5 6 to the prompt 1, with the bridges 10 11 and 20: the completion is 2 3 10 11 4 20 5 6. Those to
+    the prompt 7 8 are nothing, 9 and nothing: 10 11 9 20.
+    """
+    sampled = [[[2, 3], []], [[4], [9]], [[5, 6], []]]
+    logprobs = [[[-0.2, -0.3], []], [[-0.4], [-0.9]], [[-0.5, -0.6], []]]
+    contexts_seen = []
+
+    def generate(contexts, attempt):
+        contexts_seen.append([list(context) for context in contexts])
+        return sampled[attempt - 1], logprobs[attempt - 1] if with_logprobs else None
+
+    def bridge(attempt, attempt_ids):
+        assert attempt_ids == sampled[attempt - 1]
+        return [[10, 11] if attempt == 1 else [20] for _ in attempt_ids]
+
+    rollouts = roll_out([[1], [7, 8]], generate, bridge, num_attempts=3)
+    assert contexts_seen == [
+        [[1], [7, 8]],
+        [[1, 2, 3, 10, 11], [7, 8, 10, 11]],
+        [[1, 2, 3, 10, 11, 4, 20], [7, 8, 10, 11, 9, 20]],
+    ]
+    assert rollouts.prompt_ids == [[1], [7, 8]]
+    assert rollouts.completion_ids == [[2, 3, 10, 11, 4, 20, 5, 6], [10, 11, 9, 20]]
+    assert rollouts.attempt_ids == [[1, 1, 0, 0, 2, 0, 3, 3], [0, 0, 2, 0]]
+    expected = [[-0.2, -0.3, 0.0, 0.0, -0.4, 0.0, -0.5, -0.6], [0.0, 0.0, -0.9, 0.0]]
+    assert rollouts.completion_logprobs == (expected if with_logprobs else None)
 
 
 def test_rows_of_a_batch_have_their_own_instructions_and_prompts():
     tokenizer = make_tokenizer(CHATML)
-    prompts = [PROMPT, [{"role": "system", "content": "Be brief."}, *PROMPT], [*PROMPT, *render_turns(), *PROMPT]]
-    bridges = Bridge(tokenizer)(prompts, ["Look again.", "Once more!", "Look again."], 1, [[], [], []])
-    texts = [tokenizer.decode(ids) for ids in bridges]
-    for text, instruction in zip(texts, ["Look again.", "Once more!", "Look again."], strict=True):
-        assert text == f"<|im_end|>\n<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def render_turns():
-    return [{"role": "assistant", "content": "7"}]
+    instructions = ["Look again.", "Once more!", "Look again.", " Check.\n"]
+    _, _, rollouts = run(tokenizer, [[[], [], [], []]] * 2, [PROMPT, SYSTEM, TURNS, PROMPT], instructions)
+    for (bridge,), instruction in zip(rollouts.bridges, instructions, strict=True):
+        expected = f"<|im_end|>\n<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(bridge) == expected
 
 
 def test_plain_text_gets_the_end_of_sequence_and_the_instruction_between_blank_lines():
+    """An attempt that closed itself, one cut off, one cut off at a line break, and one that is nothing."""
     tokenizer = make_tokenizer(CHATML, eos_token="<eos>")
-    answer, end = encode(tokenizer, "seven"), tokenizer.eos_token_id
-    closed, cut, empty = Bridge(tokenizer)(["3 + 4 ="] * 3, ["Check."] * 3, 1, [[*answer, end], answer, []])
-    assert tokenizer.decode(closed) == "\n\nCheck.\n\n"
-    assert cut == empty == [end, *closed]
+    attempts = [encode(tokenizer, text) for text in ("seven<eos>", "seven", "seven\n", "")]
+    _, (_, contexts), _ = run(tokenizer, [attempts, attempts], ["3 + 4 ="] * 4, ["Check."] * 4)
+    texts = [tokenizer.decode(context) for context in contexts]
+    assert texts == [f"3 + 4 ={said}<eos>\n\nCheck.\n\n" for said in ("seven", "seven", "seven\n", "")]
 
 
 @pytest.mark.parametrize(
