@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trl
 from jinja2 import UndefinedError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trl_score.rollout import Bridge, roll_out
@@ -40,6 +40,8 @@ def make_tokenizer(template, eos_token=None, merges=()):
     tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>"])  # put before a text by itself, as Llama does: it has no place in a bridge
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", len(vocabulary))])
     special = re.findall(
         r"<\|[^|>\s'\"{}]+\|>|<｜[^｜]+｜>|<[a-zA-Z_]+(?:\|)?>|<\|[a-z_]+>|\[/?[A-Z_]+\]|</s>", template
     )
@@ -246,3 +248,10 @@ def test_arguments_of_the_template_reach_it():
     tokenizer = make_tokenizer(template)
     assert Bridge(tokenizer, {"thinking": True}).text(PROMPT, "Check.")[1].endswith("assistant\n<think>")
     assert Bridge(tokenizer).text(PROMPT, "Check.")[1].endswith("assistant\n")
+
+
+def test_empty_instruction_is_an_error():
+    """Of a streamed dataset's row, say: a configured one is refused before."""
+    for prompt in (PROMPT, "3 + 4 ="):
+        with pytest.raises(ValueError, match="empty correction instruction"):
+            Bridge(make_tokenizer(CHATML)).text(prompt, " \n")

@@ -132,14 +132,21 @@ class Bridge:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None = None):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
+        # What can close a turn. An ordinary token of the template, such as its line break, does not.
+        special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._closing_ids = special | {tokenizer.eos_token_id}
 
     def text(self, prompt: str | list[dict], instruction: str, attempt: int = 1) -> tuple[str, str]:
         """
         The bridge after attempt `attempt`, as text before the instruction and text from the instruction on.
 
         Raises:
-            `ValueError`: if the chat template does not show the assistant's text or the instruction.
+            `ValueError`: if the instruction is empty, or the chat template does not show it or the assistant's text.
         """
+        if not instruction.strip():
+            raise ValueError(
+                "An empty correction instruction would not ask the model to correct its attempt. Set it to a sentence."
+            )
         if not is_conversational({"prompt": prompt}):
             return (self.tokenizer.eos_token or "") + "\n\n", f"{instruction}\n\n"
         turn = [{"role": "assistant", "content": SENTINEL}, {"role": "user", "content": instruction}]
@@ -186,9 +193,8 @@ class Bridge:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(text=texts, add_special_tokens=False)["input_ids"]
 
-    @staticmethod
-    def _join(attempt_ids: list[int], bridge_ids: list[int], head_length: int) -> list[int]:
+    def _join(self, attempt_ids: list[int], bridge_ids: list[int], head_length: int) -> list[int]:
         """The bridge without its end of turn if the attempt ends with that token."""
-        if attempt_ids and attempt_ids[-1] in bridge_ids[:head_length]:
+        if attempt_ids and attempt_ids[-1] in self._closing_ids.intersection(bridge_ids[:head_length]):
             return bridge_ids[bridge_ids.index(attempt_ids[-1]) + 1 :]
         return bridge_ids
