@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, is_conversational
 from trl.chat_template_utils import parse_response
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id, pad
 
 from .checks import TRAINED_FLAG, check_datasets, check_model
 from .grading import graded
@@ -165,6 +165,7 @@ class SCoReTrainer(GRPOTrainer):
         self.rollout_func = self._roll_out
         self._instructions: list[str] = []
         self._rollouts: Rollouts | None = None
+        self._attempt_ids: list[list[int]] = []  # per row, 0 also at attempts that are not trained
         self._completions: list[list] = []  # per attempt, what the reward functions see
         self._attempt_rewards: list[Tensor] = []  # per attempt, of all processes: (B, number of reward functions)
         self._attempt: int | None = None
@@ -377,9 +378,12 @@ class SCoReTrainer(GRPOTrainer):
         )
 
         # Frozen here: the stage of the rollouts is the stage they were made for, however long they are trained on.
-        attempt_ids = torch.zeros_like(output["completion_ids"])  # (B, T)
-        for row, ids in zip(attempt_ids, self._attempt_ids, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
+        attempt_ids = pad(  # (B, T)
+            [torch.tensor(ids) for ids in self._attempt_ids],
+            padding_value=0,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        ).to(advantages.device)
         start = self.accelerator.process_index * len(inputs)
         output["attempt_ids"] = attempt_ids
         output["advantages"] = spread_to_tokens(advantages[start : start + len(inputs)], attempt_ids)
@@ -518,7 +522,9 @@ class SCoReTrainer(GRPOTrainer):
             )
         prompt_ids, _, _ = self._tokenize_prompts([row["prompt"] for row in rows])
         longest = max(range(len(rows)), key=lambda i: len(prompt_ids[i]))
-        instruction = rows[longest].get("correction_instruction") or self.args.correction_instruction
+        instruction = max(
+            (row.get("correction_instruction") or self.args.correction_instruction for row in rows), key=len
+        )
         prompt = rows[longest]["prompt"]
         lengths = [
             len(self._bridge([prompt], [instruction], attempt, [[]])[0]) for attempt in range(1, self.num_attempts)
