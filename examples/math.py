@@ -42,7 +42,7 @@ LABELS = {
     "delta_t1_t2": "Δ(t1,t2)",
     "delta_i_to_c": "Δ(i→c)",
     "delta_c_to_i": "Δ(c→i)",
-    "changed_ratio": "changed attempts",
+    "changed_ratio": "changed",
 }
 
 
@@ -139,6 +139,7 @@ def report(trainer: SCoReTrainer):
         return
     evaluations = [log for log in trainer.state.log_history if "eval_stage" in log]
     table = {label: [100 * evaluations[i][f"eval_{name}"] for i in (0, -1)] for name, label in LABELS.items()}
+    table["unchanged attempts"] = [100 - changed for changed in table.pop("changed")]
     print(f"\n{len(trainer.eval_dataset)} held-out problems, greedy decoding, percent{'base':>10}{'SCoRe':>10}")
     for label, (base, score) in table.items():
         print(f"{label:<46}{base:>10.1f}{score:>10.1f}")
