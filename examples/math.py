@@ -46,16 +46,18 @@ LABELS = {
 }
 
 
+def percent(share: float | None) -> float:
+    """In percent; not a number where no attempt could be graded."""
+    return float("nan") if share is None else 100 * share
+
+
 class Progress(ProgressCallback):
     """The progress bar, and one short line for each log; the trackers of `--report_to` get all of it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "stage" in logs:
-            values = "  ".join(f"{label} {100 * logs[name]:5.1f}" for name, label in LABELS.items())
+            values = "  ".join(f"{label} {percent(logs[name]):5.1f}" for name, label in LABELS.items())
             self.training_bar.write(f"step {state.global_step:>5}  stage {logs['stage']:.0f}  {values}")
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        super().on_evaluate(args, state, control, **kwargs)
 
 
 def load_rows(script_args: ScriptArguments) -> DatasetDict:
@@ -138,7 +140,7 @@ def report(trainer: SCoReTrainer):
     if not trainer.is_world_process_zero():
         return
     evaluations = [log for log in trainer.state.log_history if "eval_stage" in log]
-    table = {label: [100 * evaluations[i][f"eval_{name}"] for i in (0, -1)] for name, label in LABELS.items()}
+    table = {label: [percent(evaluations[i][f"eval_{name}"]) for i in (0, -1)] for name, label in LABELS.items()}
     table["unchanged attempts"] = [100 - changed for changed in table.pop("changed")]
     print(f"\n{len(trainer.eval_dataset)} held-out problems, greedy decoding, percent{'base':>10}{'SCoRe':>10}")
     for label, (base, score) in table.items():

@@ -89,6 +89,25 @@ def test_settings_are_read_from_a_file(tmp_path, problems):
     assert "| attempts | 3 |" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_attempts_that_cannot_be_graded_do_not_stop_the_run(tmp_path):
+    """math-verify cannot read these solutions, so no attempt has a reward."""
+    rows = [{"prompt": [{"role": "user", "content": f"{i}"}], "solution": ""} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(
+        *MODEL,
+        *SMALL,
+        "--dataset_name",
+        tmp_path,
+        "--correction_instruction",
+        "again",
+        "--output_dir",
+        tmp_path / "out",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Accuracy@t2   nan" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -255,3 +255,10 @@ def test_empty_instruction_is_an_error():
     for prompt in (PROMPT, "3 + 4 ="):
         with pytest.raises(ValueError, match="empty correction instruction"):
             Bridge(make_tokenizer(CHATML)).text(prompt, " \n")
+
+
+def test_context_ids_are_what_each_attempt_was_sampled_from():
+    tokenizer = make_tokenizer(CHATML)
+    said = [[encode(tokenizer, text)] for text in ("12", "7, sorry", "7")]
+    _, contexts, rollouts = run(tokenizer, said, [PROMPT])
+    assert [rollouts.context_ids(attempt) for attempt in (1, 2, 3)] == contexts

@@ -55,6 +55,15 @@ class Rollouts:
         """For each token of `completion_ids`: its log-probability, 0.0 in a bridge."""
         return None if self.logprobs is None else self._interleave(self.logprobs, self._zeros(0.0))
 
+    def context_ids(self, attempt: int) -> list[list[int]]:
+        """What attempt `attempt`, from 1, was sampled from: the prompt, and the attempts before with their bridges."""
+        before = attempt - 1
+        return [
+            prompt
+            + [token for pair in zip(row[:before], between[:before], strict=True) for ids in pair for token in ids]
+            for prompt, row, between in zip(self.prompt_ids, self.attempts, self.bridges, strict=True)
+        ]
+
     def _zeros(self, zero: float) -> list[list[list[float]]]:
         return [[[zero] * len(ids) for ids in bridges] for bridges in self.bridges]
 

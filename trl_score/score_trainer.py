@@ -198,11 +198,6 @@ class SCoReTrainer(GRPOTrainer):
 
     # Stages
 
-    @property
-    def stage(self) -> int:
-        """The stage of the current optimizer step, 1 or 2."""
-        return self._stage_and_target()[0]
-
     def _stage_and_target(self) -> tuple[int, int]:
         max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
         stage1_steps = resolve_stage1_steps(self.args.stage1_steps, max_steps)
@@ -302,8 +297,8 @@ class SCoReTrainer(GRPOTrainer):
             return self._tokenizer.batch_decode(attempt_ids, skip_special_tokens=True)
         if any(getattr(self._tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
             return [
-                [parse_response(self._tokenizer, ids, prefix=prompt_ids)]
-                for ids, prompt_ids in zip(attempt_ids, rollouts.prompt_ids, strict=True)
+                [parse_response(self._tokenizer, ids, prefix=context)]
+                for ids, context in zip(attempt_ids, rollouts.context_ids(k + 1), strict=True)
             ]
         contents = self._tokenizer.batch_decode(attempt_ids, skip_special_tokens=True)
         return [[{"role": "assistant", "content": content}] for content in contents]
