@@ -11,6 +11,7 @@ So an attempt can be corrected by reading it, without an oracle.
 '8 5 5 0 0 1 0'
 """
 
+import random
 from pathlib import Path
 
 from datasets import Dataset
@@ -28,7 +29,7 @@ BASE_MODEL_PATH = Path(__file__).parent / "arithmetic_base"
 USER, ASSISTANT, END, PAD, UNKNOWN = "<user>", "<assistant>", "<end>", "<pad>", "<unk>"
 HINT = "wrong check again"  # said in the base model's training data only; it does reveal that the attempt was wrong
 
-_SPLITS = {"test": [0], "train": [1], "pretrain": [2, 3, 4, 5, 6, 7, 8, 9]}
+SPLITS = {"test": [0], "train": [1], "pretrain": [2, 3, 4, 5, 6, 7, 8, 9]}  # buckets of each
 
 
 def answer(digits: str) -> str:
@@ -40,17 +41,19 @@ def answer(digits: str) -> str:
     return " ".join(map(str, values))
 
 
+def bucket_of(key):
+    """A hash from 0 to 9 of a problem's digits read as one number (an `int` or a tensor of them)."""
+    return (key * 2654435761 % 2**32 >> 16) % 10
+
+
 def split_of(digits: str) -> str:
     """The split a problem belongs to, by a hash of the problem: no problem is in two splits."""
-    key = int(digits.replace(" ", ""))
-    bucket = (key * 2654435761 % 2**32) >> 16
-    return next(split for split, buckets in _SPLITS.items() if bucket % 10 in buckets)
+    bucket = bucket_of(int(digits.replace(" ", "")))
+    return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
 def problems(split: str, num_problems: int, seed: int = 0) -> list[str]:
     """`num_problems` different problems of a split, always the same ones for the same seed."""
-    import random
-
     rng = random.Random(f"{split}-{seed}")
     found: dict[str, None] = {}
     while len(found) < num_problems:

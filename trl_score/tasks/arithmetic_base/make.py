@@ -29,11 +29,13 @@ from trl_score.tasks.arithmetic import (
     HINT,
     NUM_DIGITS,
     PAD,
+    SPLITS,
     UNKNOWN,
     USER,
     ZERO_PROBABILITY,
     Arithmetic,
     answer,
+    bucket_of,
     problems,
     split_of,
 )
@@ -88,8 +90,8 @@ class Conversations:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, real_corrections: float, generator: torch.Generator):
         self.real_corrections = real_corrections
         self.generator = generator
-        keys = torch.arange(10**NUM_DIGITS)
-        self.allowed = (((keys * 2654435761) % 2**32 >> 16) % 10) >= 2  # the "pretrain" split
+        buckets = bucket_of(torch.arange(10**NUM_DIGITS))
+        self.allowed = torch.isin(buckets, torch.tensor(SPLITS["pretrain"]))
         ids = tokenizer.convert_tokens_to_ids
         self.user, self.assistant, self.end, self.pad = ids(USER), ids(ASSISTANT), ids(END), ids(PAD)
         self.instruction = torch.tensor([ids(word) for word in Arithmetic.correction_instruction.split()])
