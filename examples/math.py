@@ -35,7 +35,8 @@ from trl.rewards import accuracy_reward
 from trl_score import SCoReConfig
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
-from trl_score.training import TaskArguments, first, load_task, train
+from trl_score.tasks.base import first
+from trl_score.training import TaskArguments, load_task, train
 
 
 EMBEDDED = ["--config", str(Path(__file__).parent / "configs" / "arithmetic.yaml")]

@@ -22,8 +22,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .metrics import bootstrap_intervals, edit_distance_ratio, label, mcnemar
-from .sampling import BACKENDS, Decoding, Sampler, TransformersSampler
+from .sampling import BACKENDS, Decoding, Sampler, as_sampler
 from .tasks import Task, get_task
+from .tasks.base import first
 
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def evaluate_self_correction(
         `ValueError`: If a setting cannot work, or the folder holds another evaluation.
     """
     if isinstance(task, str):
-        task = get_task(task, **({} if data_dir is None else {"data_dir": data_dir}))
+        task = get_task(task, data_dir=data_dir)
     given = task.num_given_attempts
     if num_attempts <= max(given, 1):
         raise ValueError(
@@ -141,8 +142,7 @@ def evaluate_self_correction(
         )
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}. Expected one of: {sorted(BACKENDS)}.")
-    rows = task.load(split)
-    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    rows = first(task.load(split), limit)
     instruction = correction_instruction or task.correction_instruction
     name = (
         model if isinstance(model, str) else model.name if isinstance(model, Sampler) else model.config._name_or_path
@@ -164,11 +164,7 @@ def evaluate_self_correction(
     store = Store(output_dir, settings)
     todo = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
     if len(store.done) < len(todo):
-        if isinstance(model, str):
-            kwargs |= {} if tokenizer is None else {"tokenizer": tokenizer}
-            sampler = BACKENDS[backend](model, **kwargs)
-        else:
-            sampler = model if isinstance(model, Sampler) else TransformersSampler(model, tokenizer)
+        sampler = as_sampler(model, backend, tokenizer, **kwargs)
         run(sampler, task, rows, todo, store, instruction, num_attempts, decoding, batch_size, seed)
     return store.finish()
 

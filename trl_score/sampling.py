@@ -285,3 +285,14 @@ class EndpointSampler(Sampler):
 
 
 BACKENDS = {"transformers": TransformersSampler, "vllm": VLLMSampler, "endpoint": EndpointSampler}
+
+
+def as_sampler(
+    model, backend: str = "transformers", tokenizer: PreTrainedTokenizerBase | None = None, **kwargs
+) -> Sampler:
+    """The sampler that `model` is, or the one of a model or of a name."""
+    if isinstance(model, Sampler):
+        return model
+    if not isinstance(model, str):
+        return TransformersSampler(model, tokenizer)
+    return BACKENDS[backend](model, **({} if tokenizer is None else {"tokenizer": tokenizer}), **kwargs)

@@ -13,8 +13,9 @@ import numpy as np
 
 from .evaluation import Store, evaluate_self_correction, run
 from .metrics import bootstrap_intervals
-from .sampling import BACKENDS, Decoding, Sampler, TransformersSampler
+from .sampling import Decoding, as_sampler
 from .tasks import Task, get_task
+from .tasks.base import first
 
 
 SCALING = "scaling.json"
@@ -128,12 +129,10 @@ def inference_scaling(
             f"`temperature={temperature}`: a vote needs samples that differ. Set it above 0; the paper uses 0.7."
         )
     if isinstance(task, str):
-        task = get_task(task, **({} if data_dir is None else {"data_dir": data_dir}))
+        task = get_task(task, data_dir=data_dir)
     if task.num_given_attempts:
         raise ValueError(f"'{task.name}' gives the first attempts, so there is nothing to vote over in parallel.")
-    if isinstance(model, str):
-        model = BACKENDS[backend](model, **kwargs, **({} if tokenizer is None else {"tokenizer": tokenizer}))
-    sampler = model if isinstance(model, Sampler) else TransformersSampler(model, tokenizer)
+    sampler = as_sampler(model, backend, tokenizer, **kwargs)
     folder, decoding = Path(output_dir), Decoding(temperature, top_p, max_completion_length)
     shared = {
         "split": split,
@@ -150,8 +149,7 @@ def inference_scaling(
         seed=seed,
         output_dir=folder / "corrected",
     )
-    rows = task.load(split)
-    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    rows = first(task.load(split), limit)
     others = Store(folder / "parallel", {**corrected.settings, "num_attempts": 1, "seed": seed + 1})
     todo = [(index, sample) for index in range(len(rows)) for sample in range(max_budget // 2)]
     if len(others.done) < len(todo):

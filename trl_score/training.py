@@ -14,6 +14,7 @@ from .score_config import CORRECTION_INSTRUCTION, SCoReConfig
 from .score_trainer import SCoReTrainer
 from .tasks import TASKS, Arithmetic, Task, get_task
 from .tasks.arithmetic import BASE_MODEL_PATH
+from .tasks.base import first
 
 
 SHOWN = ("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i")
@@ -51,10 +52,6 @@ class TaskArguments:
     )
 
 
-def first(rows: Dataset, number: int | None) -> Dataset:
-    return rows if number is None else rows.select(range(min(number, len(rows))))
-
-
 def load_task(arguments: TaskArguments) -> tuple[Task, Dataset, Dataset | None]:
     """
     The task, its problems to train on, and those to evaluate on, if any.
@@ -62,17 +59,14 @@ def load_task(arguments: TaskArguments) -> tuple[Task, Dataset, Dataset | None]:
     Raises:
         `SystemExit`: If they cannot be had, with one line that says why.
     """
-    if arguments.task == Arithmetic.name and arguments.data_dir is not None:
-        sys.exit("'arithmetic' is made, not read: it has no `data_dir`.")
     try:
-        kwargs = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
-        task = get_task(arguments.task, **kwargs)
+        task = get_task(arguments.task, data_dir=arguments.data_dir)
         train_rows = first(task.load("train"), arguments.num_train_problems)
         if arguments.num_eval_problems == 0:
             return task, train_rows, None
         other = {"sandbox": task.sandbox} if hasattr(task, "sandbox") else {}
         same = arguments.eval_task in (None, arguments.task)
-        eval_task = task if same else get_task(arguments.eval_task, **kwargs, **other)
+        eval_task = task if same else get_task(arguments.eval_task, data_dir=arguments.data_dir, **other)
         return task, train_rows, first(eval_task.load("test"), arguments.num_eval_problems)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(str(error))

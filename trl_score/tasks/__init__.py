@@ -19,13 +19,16 @@ def get_task(name: str, **kwargs) -> Task:
         name (`str`):
             A key of `TASKS`.
         **kwargs:
-            Arguments of its class, such as `data_dir`.
+            Arguments of its class, such as `data_dir`; those that are `None` are left to the class.
 
     Raises:
-        `ValueError`: If there is no such task.
+        `ValueError`: If there is no such task, or it has no data to read.
     """
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}. Expected one of: {sorted(TASKS)}.")
+    kwargs = {argument: value for argument, value in kwargs.items() if value is not None}
+    if name == Arithmetic.name and "data_dir" in kwargs:
+        raise ValueError("'arithmetic' is made, not read: it has no `data_dir`.")
     return TASKS[name](**kwargs)
 
 

@@ -81,6 +81,11 @@ def text_of(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def first(rows: Dataset, number: int | None) -> Dataset:
+    """Only the first rows; all without a number."""
+    return rows if number is None else rows.select(range(min(number, len(rows))))
+
+
 def drop(rows: Dataset, unusable: Callable[[dict], bool], why: str) -> Dataset:
     """The rows without those that cannot be used, and a line in the log that counts them."""
     kept = rows.filter(lambda row: not unusable(row))
