@@ -188,3 +188,50 @@ def test_trajectory_reward_on_both_attempts_would_not_be_the_objective(enumerate
     objective = exact_objective(*log_probs(), inputs, rewards, credit, torch.zeros(2), gamma=0)
     exact = torch.autograd.grad(objective, parameters)
     assert max((got - expected).abs().max() for got, expected in zip(computed, exact, strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_expected_gradient_with_stored_first_attempts(enumerated, stage):
+    """
+    First attempts from another model: the second attempt's expectation is taken at them, and nothing is asked of their own
+    tokens. In a group with sampled ones, those have their own baseline.
+    """
+    trainer, inputs, rewards, log_probs = enumerated(2)
+    parameters = list(trainer.model.parameters())
+    stored = torch.rand(len(ATTEMPTS), generator=torch.Generator().manual_seed(0)).double()
+    stored = (stored / stored.sum()).repeat_interleave(len(ATTEMPTS))  # (R,), of the first attempt of each rollout
+    of_second = attempt_log_probs(log_probs()[0], inputs, 2)[:, 1]  # (R,)
+    probabilities = (stored * of_second.exp()).detach()
+    torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0).double())
+
+    credit = shaped_rewards(rewards, stage=stage, alpha=10.0)
+    unknown = credit.clone()
+    unknown[:, 0] = torch.nan
+    index = torch.cartesian_prod(torch.arange(len(credit)), torch.arange(len(credit)))  # all groups of two
+    advantages = leave_one_out_advantages(unknown[index.flatten()], 2).view(len(credit), -1, 2, 2)[:, :, 0]
+    advantages = (advantages * probabilities[None, :, None]).sum(1)
+    assert (advantages[:, 0] == 0).all()
+    weights = kl_weights(stage, beta=0.3, stage1_beta=0.7).double()
+    attempt_ids = torch.where(inputs["attempt_ids"] == 2, 2, 0)
+    scale = probabilities[:, None] * len(probabilities)
+    loss = trainer._compute_loss(
+        trainer.model,
+        {
+            **inputs,
+            "attempt_ids": attempt_ids,
+            "tool_mask": (attempt_ids > 0).long(),
+            "advantages": spread_to_tokens(advantages * scale, attempt_ids),
+            "kl_weights": spread_to_tokens(weights * scale, attempt_ids),
+        },
+    )
+    computed = torch.autograd.grad(-loss * LENGTH, parameters)
+
+    current, reference = log_probs()
+    kl = (current.exp() * (current - reference)).sum(-1)  # (R, T)
+    of_second = attempt_log_probs(current, inputs, 2)[:, 1]
+    objective = (stored * of_second.exp() * credit[:, 1]).sum()
+    objective = objective - weights[1] * (probabilities[:, None] * kl * (attempt_ids == 2)).sum()
+    exact = torch.autograd.grad(objective, parameters)
+    for got, expected in zip(computed, exact, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
+    assert max(gradient.abs().max() for gradient in exact) > 1e-3

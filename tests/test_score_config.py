@@ -15,7 +15,12 @@ from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 BAD_CONFIGURATIONS = [
     ({"num_generations": 1}, "leave-one-out baseline needs two rollouts per problem, got `num_generations=1`"),
-    ({"num_attempts": 1}, "A correction needs an attempt to correct, got `num_attempts=1`"),
+    ({"num_attempts": 0}, "A rollout has at least one attempt, got `num_attempts=0`"),
+    ({"num_attempts": 1}, "Stage I trains the second attempt, but `num_attempts=1` has none. Set `stage1_steps=0`"),
+    ({"num_attempts_eval": 1}, "`num_attempts_eval=1` would measure no correction"),
+    ({"offline_first_attempts": 1.5}, "`offline_first_attempts=1.5` is a share of the rollouts"),
+    ({"offline_first_attempts": 0.01}, "of `num_generations=8` rollouts is none of them"),
+    ({"offline_first_attempts": 1, "num_attempts": 1, "stage1_steps": 0}, "would leave nothing to train"),
     ({"alpha": -1.0}, "`alpha=-1.0` would reward turning right attempts into wrong ones"),
     ({"gamma": 1.5}, "`gamma=1.5` is not a discount"),
     ({"gamma": -0.1}, "`gamma=-0.1` is not a discount"),

@@ -10,7 +10,7 @@ from .score_config import SCoReConfig
 TRAINED_FLAG = "score_trained"  # in the config.json of a model that SCoRe trained: it is no base model any more
 
 
-def check_datasets(train_dataset, eval_dataset):
+def check_datasets(train_dataset, eval_dataset, args: SCoReConfig):
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
@@ -42,6 +42,26 @@ def check_datasets(train_dataset, eval_dataset):
                         f"`{name}` has an empty `correction_instruction` in row {index}. Set it to a sentence, or to None "
                         "for the configured one."
                     )
+    if args.offline_first_attempts > 0:
+        check_first_attempts(train_dataset)
+
+
+def check_first_attempts(dataset):
+    """Every problem has stored first attempts."""
+    rows = dataset if isinstance(dataset, Dataset) else dataset.take(1)
+    if "first_attempts" not in next(iter(rows)):
+        raise ValueError(
+            "`offline_first_attempts` takes first attempts from a column `first_attempts`, which `train_dataset` has not. "
+            "Sample them from the base model with `trl-score collect` and add them with "
+            "`trl_score.baselines.with_first_attempts`, or set `offline_first_attempts=0`."
+        )
+    rows = rows["first_attempts"] if isinstance(rows, Dataset) else [row["first_attempts"] for row in rows]
+    for index, attempts in enumerate(rows):
+        if not attempts or any(not attempt for attempt in attempts) or isinstance(attempts, str):
+            raise ValueError(
+                f"`train_dataset` has no `first_attempts` in row {index}, or an empty one. Give every problem a list of texts "
+                "or of token ids, or drop it."
+            )
 
 
 def check_model(model, args: SCoReConfig):

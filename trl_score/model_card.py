@@ -54,12 +54,12 @@ def evaluations_of(trainer: "SCoReTrainer") -> dict[int, dict[str, tuple[float, 
     config, rows = trainer.args, trainer.eval_dataset
     one_each = config.num_generations_eval == 1 and hasattr(rows, "__len__") and not isinstance(rows, dict)
     num_problems = len(rows) if one_each else None
-    needed = [f"eval_accuracy_t{k + 1}" for k in range(config.num_attempts)] + [
+    needed = [f"eval_accuracy_t{k + 1}" for k in range(config.num_attempts_eval)] + [
         "eval_delta_i_to_c",
         "eval_delta_c_to_i",
     ]
     return {
-        log["step"]: measured(log, config.num_attempts, num_problems)
+        log["step"]: measured(log, config.num_attempts_eval, num_problems)
         for log in trainer.state.log_history
         if all(log.get(name) is not None for name in needed)
     }
@@ -129,7 +129,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
                 metric_name=label(f"accuracy_t{k + 1}"),
                 metric_value=round(last[f"accuracy_t{k + 1}"][0] / 100, 4),
             )
-            for k in range(config.num_attempts)
+            for k in range(config.num_attempts_eval)
         ]
         card.data["model-index"] = eval_results_to_model_index(card.data.model_name or path.parent.name, results)
     card.save(path)

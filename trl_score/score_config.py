@@ -19,10 +19,15 @@ class SCoReConfig(GRPOConfig):
         > Parameters that control the attempts
 
         num_attempts (`int`, *optional*, defaults to `2`):
-            Attempts in a rollout. `max_completion_length` holds for each of them.
+            Attempts in a rollout. `max_completion_length` holds for each of them. 1: single-attempt RL, the paper's ablation
+            (Section 6.3), which has no Stage I.
         correction_instruction (`str`, *optional*):
             The user's turn between two attempts (Appendix C; the paper's instruction for MATH by default). A dataset
             column of the same name overrides it row by row.
+        offline_first_attempts (`float`, *optional*, defaults to `0.0`):
+            Share of the rollouts of each problem whose first attempt is drawn from the dataset's column `first_attempts`
+            (lists of texts or of token ids, sampled from the base model) instead of the policy (Section 5.3). Their first
+            attempts are graded, and not trained. 1: no online first attempts, the paper's ablation (Section 6.3).
 
         > Parameters that control the two stages
 
@@ -59,6 +64,8 @@ class SCoReConfig(GRPOConfig):
             Load the best checkpoint of the last stage when training ends.
         num_generations_eval (`int`, *optional*, defaults to `1`):
             Rollouts per problem in evaluation.
+        num_attempts_eval (`int`, *optional*):
+            Attempts in a rollout in evaluation; by default as in training, and at least 2.
 
         > Parameters whose default differs from GRPO's
 
@@ -99,7 +106,21 @@ class SCoReConfig(GRPOConfig):
     )
     num_attempts: int = field(
         default=2,
-        metadata={"help": "Attempts in a rollout. `max_completion_length` holds for each of them."},
+        metadata={
+            "help": "Attempts in a rollout. `max_completion_length` holds for each of them. 1: single-attempt RL, without "
+            "Stage I."
+        },
+    )
+    num_attempts_eval: int | None = field(
+        default=None,
+        metadata={"help": "Attempts in a rollout in evaluation; by default as in training, and at least 2."},
+    )
+    offline_first_attempts: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the rollouts of each problem whose first attempt is drawn from the dataset's column "
+            "`first_attempts` instead of the policy, and is not trained (Section 5.3)."
+        },
     )
     correction_instruction: str = field(
         default=CORRECTION_INSTRUCTION,
@@ -163,9 +184,20 @@ class SCoReConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        if self.num_attempts < 2:
+        if self.num_attempts < 1:
             raise ValueError(
-                f"A correction needs an attempt to correct, got `num_attempts={self.num_attempts}`. Set it to 2 or more."
+                f"A rollout has at least one attempt, got `num_attempts={self.num_attempts}`. Set it to 2 or more, or to 1 for "
+                "single-attempt RL."
+            )
+        if self.num_attempts == 1 and self.stage1_steps > 0:
+            raise ValueError(
+                "Stage I trains the second attempt, but `num_attempts=1` has none. Set `stage1_steps=0` for single-attempt RL."
+            )
+        if self.num_attempts_eval is None:
+            self.num_attempts_eval = max(self.num_attempts, 2)
+        if self.num_attempts_eval < 2:
+            raise ValueError(
+                f"`num_attempts_eval={self.num_attempts_eval}` would measure no correction. Set it to 2 or more."
             )
         if self.num_generations < 2:
             raise ValueError(
@@ -197,6 +229,19 @@ class SCoReConfig(GRPOConfig):
                 "`stage=1` penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
                 "none. Set `beta` above 0; the paper uses 0.01. To train without any KL set `stage1_beta=0` too."
             )
+        if not 0 <= self.offline_first_attempts <= 1:
+            raise ValueError(
+                f"`offline_first_attempts={self.offline_first_attempts}` is a share of the rollouts. Set it from 0 to 1."
+            )
+        if self.offline_first_attempts > 0 and self.num_attempts == 1:
+            raise ValueError(
+                "With `num_attempts=1` a stored first attempt would leave nothing to train. Set `offline_first_attempts=0`."
+            )
+        if self.offline_first_attempts > 0 and self.num_offline == 0:
+            raise ValueError(
+                f"`offline_first_attempts={self.offline_first_attempts}` of `num_generations={self.num_generations}` rollouts "
+                "is none of them. Set either higher."
+            )
         if self.collapse_window < 0 or self.best_checkpoint_window < 1:
             raise ValueError(
                 f"`collapse_window={self.collapse_window}` and `best_checkpoint_window={self.best_checkpoint_window}` are "
@@ -215,6 +260,11 @@ class SCoReConfig(GRPOConfig):
         if self.num_generations_eval is None:
             self.num_generations_eval = 1
         self._warn_of_mismatch()
+
+    @property
+    def num_offline(self) -> int:
+        """Rollouts of each problem that have a stored first attempt."""
+        return round(self.offline_first_attempts * self.num_generations)
 
     def _refuse_unsupported(self):
         unsupported = {

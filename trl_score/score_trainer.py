@@ -1,6 +1,7 @@
 """`SCoReTrainer`: rollout, reward and objective in TRL's `GRPOTrainer`. The only file that knows TRL's internals."""
 
 import os
+import random
 import textwrap
 import time
 from collections.abc import Callable
@@ -142,7 +143,7 @@ class SCoReTrainer(GRPOTrainer):
         }.items():
             if value is not None:
                 raise ValueError(f"`{name}` is not supported by SCoRe, whose rollout is the attempts. Leave it out.")
-        check_datasets(train_dataset, eval_dataset)
+        check_datasets(train_dataset, eval_dataset, args)
         check_model(model, args)
 
         super().__init__(
@@ -162,13 +163,13 @@ class SCoReTrainer(GRPOTrainer):
             raise ValueError("Images are not supported by SCoRe. Pass a tokenizer as `processing_class`.")
         self._set_reference()
 
-        self.num_attempts = args.num_attempts
         self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs)
         # TRL looks at a row's last token and drops whole rows; truncation is per attempt here, see `_roll_out`.
         self.mask_truncated_completions = False
         # TRL's own hook for rollouts: `_generate` does the bookkeeping on what it returns.
         self.rollout_func = self._roll_out
         self._instructions: list[str] = []
+        self._stored: list[list[int] | None] = []  # per row, a first attempt that is not sampled
         self._rollouts: Rollouts | None = None
         self._attempt_ids: list[list[int]] = []  # per row, 0 also at attempts that are not trained
         self._completions: list[list] = []  # per attempt, what the reward functions see
@@ -176,7 +177,7 @@ class SCoReTrainer(GRPOTrainer):
         self._attempt: int | None = None
         self._check_context()
         # First, so that trackers and progress bars see what the alarm adds to a log.
-        if args.collapse_window:
+        if args.collapse_window and args.num_attempts > 1:
             self.callback_handler.callbacks.insert(0, CollapseAlarm(args.collapse_window, args.num_attempts))
         if args.keep_best_checkpoint:
             self.add_callback(KeepBestCheckpoint(args.best_checkpoint_window, args.num_attempts))
@@ -215,12 +216,17 @@ class SCoReTrainer(GRPOTrainer):
             reference = create_model_from_path(path, dtype=self.model.dtype, device_map=None)
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference.state_dict())
 
-    # Stages
+    # Attempts and stages
+
+    @property
+    def num_attempts(self) -> int:
+        """Attempts in a rollout, in training or in evaluation."""
+        return self.args.num_attempts if self.model.training else self.args.num_attempts_eval
 
     def _stage_and_target(self) -> tuple[int, int]:
         max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
         stage1_steps = resolve_stage1_steps(self.args.stage1_steps, max_steps)
-        return stage_at(self.state.global_step, stage1_steps, self.num_attempts)
+        return stage_at(self.state.global_step, stage1_steps, self.args.num_attempts)
 
     # Rollout
 
@@ -238,6 +244,7 @@ class SCoReTrainer(GRPOTrainer):
             `list[list[str]]`: the text of each attempt of each problem.
         """
         prompts = list(prompts)
+        self._stored = [None] * len(prompts)
         self._instructions = instructions or [self.args.correction_instruction] * len(prompts)
         training = self.model.training
         self.model.eval()
@@ -259,6 +266,8 @@ class SCoReTrainer(GRPOTrainer):
         self._check_length(max(map(len, prompt_ids)))
 
         def generate(contexts, attempt):
+            if attempt == 1 and any(self._stored):
+                return self._sample_or_take(contexts)
             return self._generate_single_turn(contexts, None, {}, num_generations=group_size if attempt == 1 else 1)
 
         def bridge(attempt, attempt_ids):
@@ -272,11 +281,15 @@ class SCoReTrainer(GRPOTrainer):
         self._completions = [decode_attempts(self._tokenizer, prompts, rollouts, k) for k in attempts]
 
         trained = rollouts.attempt_ids
+        untrained = [[ids is not None] + [False] * (self.num_attempts - 1) for ids in self._stored]
         if self.args.mask_truncated_completions:
-            trained = [
-                [k if k and not cut[k - 1] else 0 for k in row]
-                for row, cut in zip(trained, self._truncated(rollouts), strict=True)
+            untrained = [
+                [one or other for one, other in zip(*rows, strict=True)]
+                for rows in zip(untrained, self._truncated(rollouts), strict=True)
             ]
+        trained = [
+            [0 if k == 0 or masked[k - 1] else k for k in row] for row, masked in zip(trained, untrained, strict=True)
+        ]
         self._attempt_ids = trained
         return {
             "prompt_ids": rollouts.prompt_ids,
@@ -284,6 +297,48 @@ class SCoReTrainer(GRPOTrainer):
             "logprobs": rollouts.completion_logprobs,
             "env_mask": [[int(k > 0) for k in row] for row in trained],
         }
+
+    def _is_offline(self, index: int) -> bool:
+        """Whether the rollout at a position of the whole batch, over all processes, has a stored first attempt."""
+        return index % self.num_generations >= self.num_generations - self.args.num_offline
+
+    def _stored_attempts(self, inputs: list[dict]) -> list[list[int] | None]:
+        """
+        For each row its stored first attempt, or `None` where the policy samples it. The rollouts of a problem get different
+        ones while there are enough; the same draw on all processes, and after a resume.
+        """
+        if not self.model.training or self.args.num_offline == 0:
+            return [None] * len(inputs)
+        start, stored = self.accelerator.process_index * len(inputs), []
+        for index, row in enumerate(inputs, start=start):
+            ids = None
+            if self._is_offline(index):
+                order = list(range(len(row["first_attempts"])))
+                random.Random(f"{self.args.seed} {self.state.global_step} {row['prompt']}").shuffle(order)
+                rank = index % self.num_generations - (self.num_generations - self.args.num_offline)
+                ids = self._attempt_tokens(row["first_attempts"][order[rank % len(order)]])
+            stored.append(ids)
+        return stored
+
+    def _attempt_tokens(self, attempt: str | list[int]) -> list[int]:
+        is_text = isinstance(attempt, str)
+        return self._tokenizer(text=attempt, add_special_tokens=False)["input_ids"] if is_text else list(attempt)
+
+    def _sample_or_take(self, contexts: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None]:
+        """First attempts: the stored ones, and for the other rows sampled ones."""
+        attempts = list(self._stored)
+        logprobs = [[0.0] * len(ids or []) for ids in attempts]
+        online = [i for i, ids in enumerate(attempts) if ids is None]
+        # Generation can be collective, so every process asks for as many as the one that needs most.
+        size, processes = len(contexts), self.accelerator.num_processes
+        most = max(sum(not self._is_offline(p * size + i) for i in range(size)) for p in range(processes))
+        if most:
+            rows = online + [0] * (most - len(online))
+            sampled, values = self._generate_single_turn([contexts[i] for i in rows], None, {}, num_generations=1)
+            for position, i in enumerate(online):
+                attempts[i] = sampled[position]
+                logprobs[i] = values[position] if values is not None else []
+        return attempts, logprobs if self.use_vllm else None
 
     @contextmanager
     def _eval_decoding(self):
@@ -362,6 +417,7 @@ class SCoReTrainer(GRPOTrainer):
         begin = time.perf_counter()
         mode = "train" if self.model.training else "eval"
         self._instructions = [row.get("correction_instruction") or self.args.correction_instruction for row in inputs]
+        self._stored = self._stored_attempts(inputs)
         output = super()._generate_and_score_completions(inputs)
 
         per_func = torch.stack(self._attempt_rewards, dim=1)  # (B of all processes, K, number of reward functions)
@@ -369,6 +425,9 @@ class SCoReTrainer(GRPOTrainer):
         rewards[per_func.isnan().all(-1)] = torch.nan
         stage, target = self._stage_and_target()
         credit = shaped_rewards(rewards, stage=stage, alpha=self.args.alpha, gamma=self.args.gamma, target=target)
+        if mode == "train" and self.args.num_offline:
+            # Not sampled from the policy, so neither trained nor in the baseline of those that are.
+            credit[[self._is_offline(index) for index in range(len(credit))], 0] = torch.nan
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         advantages = leave_one_out_advantages(credit, group_size)  # (B of all processes, K)
         weights = kl_weights(
@@ -422,14 +481,14 @@ class SCoReTrainer(GRPOTrainer):
         columns = [
             torch.tensor(self._truncated(rollouts)).float(),
             torch.tensor([[len(ids) for ids in row] for row in rollouts.attempts]).float(),
-            attempt_changes(rollouts.attempts),
         ]
         names = [
             *(f"completions/clipped_ratio_t{k + 1}" for k in range(self.num_attempts)),
             *(f"completions/mean_length_t{k + 1}" for k in range(self.num_attempts)),
-            "edit_distance_ratio",
-            "changed_ratio",
         ]
+        if self.num_attempts > 1:
+            columns.append(attempt_changes(rollouts.attempts))
+            names += ["edit_distance_ratio", "changed_ratio"]
         values = self.accelerator.gather(torch.cat(columns, dim=1).to(rewards.device))
         for name, column in zip(names, values.T, strict=True):
             metrics[name].extend(column.tolist())
@@ -505,8 +564,9 @@ class SCoReTrainer(GRPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "correction_instruction" not in self._signature_columns:
-            self._signature_columns.append("correction_instruction")
+        for column in ("correction_instruction", "first_attempts"):
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
 
     # Checks
 
@@ -528,21 +588,30 @@ class SCoReTrainer(GRPOTrainer):
             (row.get("correction_instruction") or self.args.correction_instruction for row in rows), key=len
         )
         prompt = rows[longest]["prompt"]
+        # Of training, and of evaluation if there is one.
+        self._most_attempts = max(self.args.num_attempts, self.args.num_attempts_eval if self.eval_dataset else 0)
         lengths = [
-            len(self._bridge([prompt], [instruction], attempt, [[]])[0]) for attempt in range(1, self.num_attempts)
+            len(self._bridge([prompt], [instruction], attempt, [[]])[0]) for attempt in range(1, self._most_attempts)
         ]
         self._bridge_tokens = sum(lengths)
+        self._longest_stored = max(
+            (len(self._attempt_tokens(ids)) for row in rows for ids in row["first_attempts"])
+            if self.args.num_offline
+            else (),
+            default=0,
+        )
         self._check_length(len(prompt_ids[longest]))
 
     def _check_length(self, prompt_length: int):
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm and self.args.vllm_max_model_length is not None:
             limit = min(limit or self.args.vllm_max_model_length, self.args.vllm_max_model_length)
-        needed = prompt_length + self.num_attempts * self.max_completion_length + self._bridge_tokens
+        longer = max(0, self._longest_stored - self.max_completion_length)
+        needed = prompt_length + self._most_attempts * self.max_completion_length + longer + self._bridge_tokens
         if limit is not None and needed > limit:
             raise ValueError(
                 f"The model's context of {limit} tokens is too short: a prompt of {prompt_length} tokens, "
-                f"{self.num_attempts} attempts of up to {self.max_completion_length} tokens (`max_completion_length` holds "
+                f"{self._most_attempts} attempts of up to {self.max_completion_length} tokens (`max_completion_length` holds "
                 f"for each) and {self._bridge_tokens} tokens of correction instructions need {needed}. Lower "
                 "`max_completion_length` or drop the longest prompts."
             )

@@ -82,7 +82,7 @@ class Progress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "stage" in logs:
-            values = "  ".join(f"{label} {percent(logs[name]):5.1f}" for name, label in LABELS.items())
+            values = "  ".join(f"{label} {percent(logs[name]):5.1f}" for name, label in LABELS.items() if name in logs)
             self.training_bar.write(f"step {state.global_step:>5}  stage {logs['stage']:.0f}  {values}")
 
 

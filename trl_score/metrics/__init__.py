@@ -14,7 +14,7 @@ def self_correction_values(correct: Tensor) -> dict[str, Tensor]:
     r"""
     The metrics of Section 3 as one value per rollout; a metric is the mean of its values.
 
-    - `accuracy_t{k}`: attempt $k$ is right.
+    - `accuracy_t{k}`: attempt $k$ is right. Of a single attempt there is nothing else.
     - `delta_t{k}_t{k+1}`: the change from one attempt to the next; with more than two attempts also from the first to the
       last.
     - `delta_i_to_c`, `delta_c_to_i`: the first attempt is wrong and the last right, and the reverse. Both are shares of all
@@ -39,6 +39,8 @@ def self_correction_values(correct: Tensor) -> dict[str, Tensor]:
     values = {f"accuracy_t{k}": correct[:, k - 1] for k in attempts}
     for k in attempts[:-1]:
         values[f"delta_t{k}_t{k + 1}"] = correct[:, k] - correct[:, k - 1]
+    if len(attempts) == 1:
+        return {name: value[~value.isnan()] for name, value in values.items()}
     delta = correct[:, -1] - correct[:, 0]
     values[f"delta_t1_t{len(attempts)}"] = delta
     values["delta_i_to_c"] = delta.clamp(min=0)
