@@ -101,6 +101,7 @@ def test_environment_is_told():
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--split", "dev"], 1, "trl-score evaluate: Unknown split 'dev'"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--model", "no/model"], 1, "trl-score evaluate: "),
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--base_url", "http://x"], 1, "trl-score evaluate: `base_url` has no meaning"),
+        (["evaluate", *SMALL, "--output_dir", "{tmp}", "--self_refine", "--correction_instruction", "x"], 1, "trl-score evaluate: `self_refine=True` asks"),
         (["scale", *SMALL, "--output_dir", "{tmp}", "--max_budget", "3"], 1, "trl-score scale: `max_budget=3` is no power of 2"),
         (["report", "{tmp}"], 1, "trl-score report: '"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--temperatur", "1"], 2, "trl-score evaluate: error: "),

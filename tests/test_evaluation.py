@@ -132,7 +132,7 @@ class Fragile(TransformersSampler):
         return super().sample(*args, **kwargs)
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, SAMPLED])
+@pytest.mark.parametrize("settings", [SETTINGS, SAMPLED, {**SETTINGS, "self_refine": True}])
 def test_an_interrupted_evaluation_goes_on_without_repeating_or_losing_a_row(tmp_path, settings):
     whole = evaluate_self_correction(BASE, "arithmetic", **settings, output_dir=tmp_path / "whole")
     broken = tmp_path / "broken"
@@ -172,6 +172,10 @@ def test_a_folder_holds_one_evaluation(tmp_path):
         ({"num_attempts": 1}, "`num_attempts=1` leaves nothing to compare"),
         ({"num_samples": 4}, "greedy decoding gives the same rollout"),
         ({"batch_size": 0}, "`batch_size=0`"),
+        (
+            {"self_refine": True, "correction_instruction": "again"},
+            "`correction_instruction` would never be said. Leave one",
+        ),
         ({"backend": "llama"}, "Unknown backend 'llama'"),
         ({"split": "dev"}, "Unknown split 'dev'"),
     ],
@@ -336,14 +340,16 @@ def online(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
-def test_a_chat_endpoint_gives_what_the_model_gives(endpoint, tmp_path, online):
+@pytest.mark.parametrize("self_refine", [False, True])
+def test_a_chat_endpoint_gives_what_the_model_gives(endpoint, tmp_path, online, self_refine):
     """Greedy, on text that survives decoding and encoding: the attempts are those of the tokens."""
-    settings = {**SETTINGS, "limit": 12}
+    settings = {**SETTINGS, "limit": 12, "self_refine": self_refine}
     found = evaluate_self_correction(
         BASE, "arithmetic", backend="endpoint", base_url=endpoint, **settings, output_dir=tmp_path
     )
     exact = evaluate_self_correction(BASE, "arithmetic", **settings)
     assert [row["attempts"] for row in found.rollouts] == [row["attempts"] for row in exact.rollouts]
+    assert [row.get("feedback") for row in found.rollouts] == [row.get("feedback") for row in exact.rollouts]
     assert found.summary["metrics"]["accuracy_t1"] == exact.summary["metrics"]["accuracy_t1"]
     assert found.rollouts[0]["num_tokens"][0] is not None
 

@@ -31,6 +31,7 @@ def save_evaluation(folder, model, verdicts, texts=None, **more):
                 "attempts": (texts or {}).get(i, [f"first line of {i}\nanswer one", f"first line of {i}\nanswer two"]),
                 "rewards": [float(right) for right in row], "answers": ["a", "b"], "changed_answer": True,
                 "edit_distance_ratio": [0.1], "num_tokens": [4, 5], "truncated": [False, True], "level": 1 + i % 3,
+                **({"feedback": [f"feedback of {i} {HOSTILE}"]} if more.get("self_refine") else {}),
             }
             for i, row in enumerate(verdicts)
         ]
@@ -158,6 +159,18 @@ def test_a_hostile_completion_stays_text(folders, tmp_path, open_page):
         ".rollout"
     ) and "{{ 7 * 7 }}" in page.inner_text(".rollout")
     assert page.title() == "Self-correction report" and page.locator(".rollout img").count() == 0 and page.faults == []
+
+
+def test_feedback_stands_between_the_attempts(tmp_path, open_page):
+    save_evaluation(tmp_path / "refined", "me/base", [[False, True], [True, True]], self_refine=True)
+    page = open_page(write_report([tmp_path / "refined"], tmp_path / "report.html"))
+    assert page.locator("#metrics th").all_inner_texts() == ["", "base, Self-Refine"]
+    page.fill("#search", "FEEDBACK OF 1")
+    assert page.locator(".rollout").count() == 1
+    heads = [text.split(":")[0] for text in page.locator(".rollout h3").all_inner_texts()]
+    assert heads == ["attempt 1", "feedback on attempt 1", "attempt 2"]
+    assert "<script>document.title='owned'</script>" in page.inner_text(".rollout")
+    assert page.title() == "Self-correction report" and page.faults == []
 
 
 def test_two_thousand_rollouts_stay_responsive(tmp_path, open_page):

@@ -57,6 +57,9 @@ class EvaluateArguments(SampleArguments):
     num_attempts: int = field(default=2, metadata={"help": "Attempts in a rollout, up to 10 in the paper."})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
     num_samples: int = field(default=1, metadata={"help": "Rollouts per problem; more than one need a temperature."})
+    self_refine: bool = field(
+        default=False, metadata={"help": "Ask for feedback on each attempt, then to rewrite it (Self-Refine)."}
+    )
 
 
 @dataclass

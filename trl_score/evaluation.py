@@ -42,7 +42,8 @@ class Evaluation:
             What was evaluated and how: model, task, split, problems, attempts, decoding, seed, versions.
         rollouts (`list[dict]`):
             One per rollout, by problem and sample: `index`, `sample`, `prompt`, `attempts` (text), `rewards`, `correct`,
-            `num_tokens`, `truncated`, `edit_distance_ratio`, `changed_answer`, and `level` where the task has one.
+            `num_tokens`, `truncated`, `edit_distance_ratio`, `changed_answer`, and `level` where the task has one. In
+            Self-Refine also `feedback` (text) and `feedback_num_tokens`, of the feedback between the attempts.
         summary (`dict`):
             `metrics`: name to `{value, low, high}`, with 95 % bootstrap intervals over problems; `by_level`; `mcnemar_p`.
     """
@@ -53,6 +54,11 @@ class Evaluation:
 
     def __post_init__(self):
         self.summary = self.summary or summarize(self.rollouts)
+
+    @property
+    def mode(self) -> str:
+        """What a table says after the model's name."""
+        return ", Self-Refine" if self.settings.get("self_refine") else ""
 
     def __str__(self) -> str:
         return table([self])
@@ -69,6 +75,7 @@ def evaluate_self_correction(
     num_samples: int = 1,
     max_completion_length: int = 1024,
     correction_instruction: str | None = None,
+    self_refine: bool = False,
     batch_size: int = 32,
     limit: int | None = None,
     seed: int = 42,
@@ -98,6 +105,10 @@ def evaluate_self_correction(
             Tokens of one attempt.
         correction_instruction (`str`, *optional*):
             Instead of the task's.
+        self_refine (`bool`, *optional*, defaults to `False`):
+            Self-Refine (Madaan et al. 2023, https://huggingface.co/papers/2303.17651) instead of the correction instruction:
+            after an attempt the model is asked for feedback on it (`task.feedback_instruction`), then for the next attempt
+            (`task.refine_instruction`).
         batch_size (`int`, *optional*, defaults to `32`):
             Rollouts at a time.
         limit (`int`, *optional*):
@@ -142,8 +153,19 @@ def evaluate_self_correction(
         )
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}. Expected one of: {sorted(BACKENDS)}.")
+    if self_refine and correction_instruction:
+        raise ValueError(
+            "`self_refine=True` asks with the task's `feedback_instruction` and `refine_instruction`, so a "
+            "`correction_instruction` would never be said. Leave one of the two out."
+        )
     rows = first(task.load(split), limit)
-    instruction = correction_instruction or task.correction_instruction
+    if self_refine:
+        turns = {name: getattr(task, name) for name in ("feedback_instruction", "refine_instruction")}
+        if given:  # the prompt ends with the correction instruction
+            asked = {"role": "user", "content": task.feedback_instruction}
+            rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
+    else:
+        turns = {"correction_instruction": correction_instruction or task.correction_instruction}
     name = (
         model if isinstance(model, str) else model.name if isinstance(model, Sampler) else model.config._name_or_path
     )
@@ -157,7 +179,8 @@ def evaluate_self_correction(
         "num_attempts": num_attempts,
         "num_samples": num_samples,
         **asdict(decoding),
-        "correction_instruction": instruction,
+        **({"self_refine": True} if self_refine else {}),  # what plain ones do not have: their older folders go on
+        **turns,
         "batch_size": batch_size,
         "seed": seed,
     }
@@ -165,7 +188,7 @@ def evaluate_self_correction(
     todo = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
     if len(store.done) < len(todo):
         sampler = as_sampler(model, backend, tokenizer, **kwargs)
-        run(sampler, task, rows, todo, store, instruction, num_attempts, decoding, batch_size, seed)
+        run(sampler, task, rows, todo, store, list(turns.values()), num_attempts, decoding, batch_size, seed)
     return store.finish()
 
 
@@ -175,30 +198,37 @@ def run(
     rows: Dataset,
     todo: list[tuple[int, int]],
     store: "Store",
-    instruction: str,
+    turns: list[str],
     num_attempts: int,
     decoding: Decoding,
     batch_size: int,
     seed: int,
 ) -> None:
-    """Make and grade the rollouts that the store has not, in batches of prompts of like length, the longest first."""
+    """
+    Make and grade the rollouts that the store has not, in batches of prompts of like length, the longest first. `turns` are
+    what the user says from an attempt to the next: the correction instruction, or the two of Self-Refine, whose feedback is
+    between them.
+    """
     prompts = rows["prompt"]
     lengths = [sampler.length(prompt) for prompt in prompts]
     todo = sorted(todo, key=lambda item: (-lengths[item[0]], item))
     given = task.num_given_attempts
+    instructions = turns * (num_attempts - max(given, 1))
+    if given:  # the prompt ends with the first
+        instructions = instructions[1:]
+    # Of the texts that are sampled, the last is an attempt, and so is each `step`-th before it; the others are feedback.
+    step = len(turns)
+    offset = len(instructions) % step
     for start in tqdm(range(0, len(todo), batch_size), desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
         batch = todo[start : start + batch_size]  # the same batches, with the same seeds, also when it goes on
         missing = [i for i, item in enumerate(batch) if item not in store.done]
         if not missing:
             continue
-        rollouts = sampler.sample(
-            [prompts[index] for index, _ in batch],
-            instruction,
-            num_attempts - given,
-            decoding,
-            seed + 1000 * start,
-            given,
+        sampled = sampler.sample(
+            [prompts[index] for index, _ in batch], instructions, decoding, seed + 1000 * start, given
         )
+        rollouts = [row[offset::step] for row in sampled]
+        feedback = [row[1 - offset :: step] for row in sampled] if step == 2 else None
         chosen = rows.select([batch[i][0] for i in missing])
         texts = [
             [*_given_attempts(prompts[batch[i][0]], given), *(attempt.text for attempt in rollouts[i])]
@@ -212,6 +242,14 @@ def run(
                     **record,
                     "num_tokens": [None] * given + [attempt.num_tokens for attempt in rollouts[i]],
                     "truncated": [False] * given + [attempt.truncated for attempt in rollouts[i]],
+                    **(
+                        {
+                            "feedback": [each.text for each in feedback[i]],
+                            "feedback_num_tokens": [each.num_tokens for each in feedback[i]],
+                        }
+                        if feedback
+                        else {}
+                    ),
                 }
                 for i, record in zip(missing, grade(task, chosen, texts), strict=True)
             ]
@@ -416,7 +454,9 @@ def _metrics(groups: list[list[dict]], only: str = "") -> dict[str, dict[str, fl
 def table(evaluations: list[Evaluation]) -> str:
     """Evaluations side by side as a table in Markdown: percent, with 95 % intervals, number of problems and decoding."""
     names = [name for name in evaluations[0].summary["metrics"] if not name.startswith("num_tokens")]
-    lines = ["| | " + " | ".join(str(evaluation.settings["model"]) for evaluation in evaluations) + " |"]
+    lines = [
+        "| | " + " | ".join(f"{evaluation.settings['model']}{evaluation.mode}" for evaluation in evaluations) + " |"
+    ]
     lines.append("|---|" + "---:|" * len(evaluations))
     for name in names:
         cells = []

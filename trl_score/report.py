@@ -75,7 +75,7 @@ def collect(folders: list[str | Path]) -> Found:
         for folder in [given, *inside]:
             if (folder / SETTINGS).exists() and not (folder.parent / SCALING).exists():
                 evaluation = load_evaluation(folder)
-                name = _unique(Path(evaluation.settings["model"]).name, folder, found.evaluations)
+                name = _unique(Path(evaluation.settings["model"]).name + evaluation.mode, folder, found.evaluations)
                 found.evaluations[name] = evaluation
             if (folder / STATE).exists():
                 history = json.loads((folder / STATE).read_text("utf-8"))["log_history"]
@@ -248,6 +248,7 @@ def browser_data(evaluations: dict[str, Evaluation], limit: int) -> list[dict]:
             {
                 "problem": row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"],
                 "attempts": row["attempts"],
+                "feedback": row.get("feedback", []),
                 "correct": row["correct"],
                 "transition": _transition(row),
                 "id": f"{row['index']}" + (f".{row['sample']}" if evaluation.summary["num_samples"] > 1 else ""),

@@ -34,7 +34,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt: its text, its tokens (`None` where an endpoint does not say), and whether it was cut off."""
+    """
+    One sampled text, an attempt or (in Self-Refine) feedback on one: the text, its tokens (`None` where an endpoint does not
+    say), and whether it was cut off.
+    """
 
     text: str
     num_tokens: int | None
@@ -61,7 +64,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(
-        self, prompts: list, instruction: str, num_attempts: int, decoding: Decoding, seed: int, given: int = 0
+        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
         """
         Sample rollouts.
@@ -69,10 +72,8 @@ class Sampler(ABC):
         Args:
             prompts (`list`):
                 `B` prompts, chat messages or text.
-            instruction (`str`):
-                The correction instruction.
-            num_attempts (`int`):
-                Attempts to sample for each.
+            instructions (`list[str]`):
+                The user's turns between the attempts, the same for all prompts: one attempt more is sampled than there are.
             decoding ([`Decoding`]):
                 How.
             seed (`int`):
@@ -81,7 +82,7 @@ class Sampler(ABC):
                 Attempts that the prompts already hold.
 
         Returns:
-            `list[list[Attempt]]`: `B` rows of `num_attempts` attempts.
+            `list[list[Attempt]]`: `B` rows of `len(instructions) + 1` attempts.
         """
 
 
@@ -106,18 +107,19 @@ class TokenSampler(Sampler):
         """Sample one attempt for each context: its token ids, with the end-of-sequence token if it was sampled."""
 
     def sample(
-        self, prompts: list, instruction: str, num_attempts: int, decoding: Decoding, seed: int, given: int = 0
+        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
         bridge = Bridge(self.tokenizer)
 
         def between(attempt, attempt_ids):
-            return bridge(prompts, [instruction] * len(prompts), attempt, attempt_ids)
+            return bridge(prompts, [instructions[attempt - 1]] * len(prompts), attempt, attempt_ids)
 
         def generate(contexts, attempt):
             return self.generate(contexts, decoding, seed + attempt + given), None
 
-        rollouts = roll_out([self.tokenize(prompt) for prompt in prompts], generate, between, num_attempts)
-        texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(num_attempts)]
+        number = len(instructions) + 1
+        rollouts = roll_out([self.tokenize(prompt) for prompt in prompts], generate, between, number)
+        texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(number)]
         return [
             [
                 Attempt(text_of(text[i]), len(ids), not ids or ids[-1] not in self.eos_token_ids)
@@ -256,13 +258,13 @@ class EndpointSampler(Sampler):
         return len(str(prompt))
 
     def sample(
-        self, prompts: list, instruction: str, num_attempts: int, decoding: Decoding, seed: int, given: int = 0
+        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
         def one(i: int) -> list[Attempt]:
             prompt = prompts[i]
             messages = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             attempts = []
-            for _ in range(num_attempts):
+            for instruction in [*instructions, None]:  # nothing is asked after the last
                 answer = self.client.chat_completion(
                     messages,
                     model=self.name,

@@ -154,7 +154,7 @@ def inference_scaling(
     todo = [(index, sample) for index in range(len(rows)) for sample in range(max_budget // 2)]
     if len(others.done) < len(todo):
         instruction = correction_instruction or task.correction_instruction
-        run(sampler, task, rows, todo, others, instruction, 1, decoding, batch_size, seed + 1)
+        run(sampler, task, rows, todo, others, [instruction], 1, decoding, batch_size, seed + 1)
     result = votes(
         task, corrected.rollouts, sorted(others.rollouts, key=lambda row: (row["index"], row["sample"])), max_budget
     )

@@ -77,6 +77,8 @@ class Arithmetic(Task):
 
     name = "arithmetic"
     correction_instruction = "please check again"
+    feedback_instruction = "please check"  # the tiny model has no other words for it
+    refine_instruction = correction_instruction
 
     def __init__(self, num_train: int = 500, num_test: int = 1000):
         self.sizes = {"train": num_train, "test": num_test}

@@ -22,6 +22,9 @@ class Task(ABC):
             Name on the command line and in the model card.
         correction_instruction (`str`):
             The user's turn after an attempt (Section 3). It must not say whether the attempt was right.
+        feedback_instruction, refine_instruction (`str`, have defaults):
+            The user's turns of Self-Refine: one that asks for feedback on an attempt, and one after the feedback that asks for
+            the next attempt. They must not say whether the attempt was right either.
         num_given_attempts (`int`, defaults to `0`):
             Attempts that the prompts of this task already hold, each with the correction instruction after it: 1 for
             offline repair, where the first answer generated is attempt 2.
@@ -29,6 +32,14 @@ class Task(ABC):
 
     name: ClassVar[str]
     correction_instruction: ClassVar[str]
+    # Our own words: Madaan et al. 2023 tell the model "There is an error in the code above", which is a verdict.
+    feedback_instruction: ClassVar[str] = (
+        "Review your attempt above step by step. Say what holds up and what you would change, if anything. Do not rewrite it "
+        "yet."
+    )
+    refine_instruction: ClassVar[str] = (
+        "Rewrite your attempt with the help of this feedback. Only output the new attempt!"
+    )
     num_given_attempts: ClassVar[int] = 0
 
     @abstractmethod

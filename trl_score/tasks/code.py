@@ -19,6 +19,9 @@ CORRECTION_INSTRUCTION = (
     "# There might be an error in the code above because of lack of understanding of the question. Please correct the "
     "error, if any, and rewrite the solution. Only output the final correct Python program!"
 )
+REFINE_INSTRUCTION = (  # our own; the paper has none
+    "Rewrite the program above with the help of this feedback. Only output the final Python program!"
+)
 SHOTS = (2, 3, 4)  # MBPP's own examples, by task_id
 
 # The paper has no prompt for HumanEval; this one shows what the benchmark shows and none of its tests.
@@ -52,6 +55,7 @@ class CodeTask(Task):
     """
 
     correction_instruction = CORRECTION_INSTRUCTION
+    refine_instruction = REFINE_INSTRUCTION
 
     def __init__(
         self,

@@ -16,15 +16,20 @@ from .base import Task, drop, text_of
 logger = logging.getLogger(__name__)
 
 # Kumar et al. 2024, Appendix C, word for word.
-PROMPT = (
-    "You are a math expert. When you respond, respond only with the Solution of the final Problem, thinking step by step. "
+ANSWER_FORM = (
     "At the end of the Solution, when you give your final answer, write it in the form "
     '"Final Answer: The final answer is $answer$. I hope it is correct."'
 )
+PROMPT = (
+    "You are a math expert. When you respond, respond only with the Solution of the final Problem, thinking step by step. "
+    + ANSWER_FORM
+)
 CORRECTION_INSTRUCTION = (
     "There might be an error in the solution above because of lack of understanding of the question. Please correct the "
-    "error, if any, and rewrite the solution. Only output the final solution! At the end of the Solution, when you give "
-    'your final answer, write it in the form "Final Answer: The final answer is $answer$. I hope it is correct."'
+    "error, if any, and rewrite the solution. Only output the final solution! " + ANSWER_FORM
+)
+REFINE_INSTRUCTION = (  # our own; the paper has none
+    "Rewrite the solution above with the help of this feedback. Only output the final solution! " + ANSWER_FORM
 )
 
 
@@ -49,6 +54,7 @@ class MathTask(Task):
     """
 
     correction_instruction = CORRECTION_INSTRUCTION
+    refine_instruction = REFINE_INSTRUCTION
 
     def __init__(
         self,
