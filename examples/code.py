@@ -25,7 +25,7 @@ from pathlib import Path
 from trl import ModelConfig, TrlParser
 
 from trl_score import SCoReConfig
-from trl_score.training import TaskArguments, load_task, train
+from trl_score.training import TrainArguments, load_task, train
 
 
 PAPER = ["--config", str(Path(__file__).parent / "configs" / "mbpp.yaml")]
@@ -35,7 +35,7 @@ def main():
     arguments = sys.argv[1:]
     if "--config" not in {argument.split("=")[0] for argument in arguments}:
         arguments = PAPER + arguments
-    parser = TrlParser((TaskArguments, SCoReConfig, ModelConfig))
+    parser = TrlParser((TrainArguments, SCoReConfig, ModelConfig))
     task_args, args, model_args = parser.parse_args_and_config(arguments)
     if model_args.model_name_or_path is None:
         sys.exit("Which model? Give --model_name_or_path: a Hub id or a folder.")

@@ -36,7 +36,7 @@ from trl_score import SCoReConfig
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 from trl_score.tasks.base import first
-from trl_score.training import TaskArguments, load_task, train
+from trl_score.training import TrainArguments, load_task, train
 
 
 EMBEDDED = ["--config", str(Path(__file__).parent / "configs" / "arithmetic.yaml")]
@@ -74,7 +74,7 @@ def main():
     arguments, named = sys.argv[1:], {"--model_name_or_path", "--dataset_name", "--task", "--config"}
     if not {argument.split("=")[0] for argument in arguments} & named:
         arguments = EMBEDDED + arguments
-    parser = TrlParser((TaskArguments, ScriptArguments, SCoReConfig, ModelConfig))
+    parser = TrlParser((TrainArguments, ScriptArguments, SCoReConfig, ModelConfig))
     task_args, script_args, args, model_args = parser.parse_args_and_config(arguments)
     if task_args.task is not None:
         task, train_rows, eval_rows = load_task(task_args)

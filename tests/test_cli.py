@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from trl_score import cli
+from trl_score.baselines import BaselineArguments
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 
@@ -28,12 +29,13 @@ def options_of(command: str) -> set[str]:
     if command == "report":
         text = run("report", "--help").stdout
         return set(re.findall(r"--\w+", text)) - {"--help"}
-    return {
-        f"--{each.name}" for each in fields({"evaluate": cli.EvaluateArguments, "scale": cli.ScaleArguments}[command])
-    }
+    if command == "baselines":
+        return {f"--{each.name}" for each in fields(BaselineArguments)}
+    kinds = {"evaluate": cli.EvaluateArguments, "scale": cli.ScaleArguments, "collect": cli.CollectArguments}
+    return {f"--{each.name}" for each in fields(kinds[command])}
 
 
-@pytest.mark.parametrize("command", ["evaluate", "scale", "report"])
+@pytest.mark.parametrize("command", ["baselines", "collect", "evaluate", "scale", "report"])
 def test_every_option_is_documented_and_every_documented_one_exists(command):
     text = (ROOT / "docs" / "cli.md").read_text()
     section = re.search(rf"^## trl-score {command}\n(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
@@ -96,7 +98,7 @@ def test_environment_is_told():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["evalute"], 2, "trl-score: unknown command 'evalute'. Expected one of: train, evaluate"),
+        (["evalute"], 2, "trl-score: unknown command 'evalute'. Expected one of: train, baselines"),
         (["evaluate", "--task", "arithmetic"], 2, "trl-score evaluate: error: --model is missing"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--split", "dev"], 1, "trl-score evaluate: Unknown split 'dev'"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--model", "no/model"], 1, "trl-score evaluate: "),

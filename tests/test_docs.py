@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
-from trl import GRPOConfig, ModelConfig
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
 import trl_score
 from trl_score import SCoReConfig
+from trl_score.baselines import BaselineArguments
 from trl_score.tasks import sources
-from trl_score.training import TaskArguments
+from trl_score.training import TrainArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,9 @@ def test_file_tree_of_the_readme_is_the_tree():
 def test_configurations_are_valid(tmp_path):
     for file in (ROOT / "examples" / "configs").glob("*.yaml"):
         settings = yaml.safe_load(file.read_text())
-        classes = (SCoReConfig, TaskArguments, ModelConfig)
+        classes = (SCoReConfig, TrainArguments, ModelConfig)
+        if "baselines" in file.name:
+            classes = (BaselineArguments, SFTConfig, ModelConfig)
         known = {field.name for each in classes for field in fields(each)} | {"dataset_name"}
         assert settings.keys() <= known, file.name
 

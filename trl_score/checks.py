@@ -53,7 +53,7 @@ def check_first_attempts(dataset):
         raise ValueError(
             "`offline_first_attempts` takes first attempts from a column `first_attempts`, which `train_dataset` has not. "
             "Sample them from the base model with `trl-score collect` and add them with "
-            "`trl_score.baselines.with_first_attempts`, or set `offline_first_attempts=0`."
+            "`trl_score.collection.with_first_attempts`, or set `offline_first_attempts=0`."
         )
     rows = rows["first_attempts"] if isinstance(rows, Dataset) else [row["first_attempts"] for row in rows]
     for index, attempts in enumerate(rows):

@@ -1,5 +1,5 @@
 """
-The command line: `trl-score train | evaluate | scale | report | env`.
+The command line: `trl-score train | baselines | collect | evaluate | scale | report | env`.
 
 Each command parses its arguments, calls one function and prints what it returns. Everything heavy is imported inside, so that
 `--help` is instant.
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields
 
 COMMANDS = {
     "train": "train a model to correct itself; takes accelerate's launch arguments too",
+    "baselines": "fine-tune by STaR or Pair-SFT instead; takes accelerate's launch arguments too",
+    "collect": "sample and grade a model's attempts at problems to train on",
     "evaluate": "measure a model's attempts at a task's problems",
     "scale": "vote over first attempts against corrected ones, at equal numbers of samples",
     "report": "one HTML page from runs and evaluations",
@@ -25,7 +27,7 @@ COMMANDS = {
 
 @dataclass
 class SampleArguments:
-    """What `evaluate` and `scale` share: the arguments of [`~trl_score.evaluation.evaluate_self_correction`]."""
+    """What `evaluate`, `scale` and `collect` share: the arguments of [`~trl_score.evaluation.evaluate_self_correction`]."""
 
     model: str | None = field(default=None, metadata={"help": "Hub id or folder of a model or an adapter."})
     task: str | None = field(default=None, metadata={"help": "Task: its name."})
@@ -63,6 +65,14 @@ class EvaluateArguments(SampleArguments):
 
 
 @dataclass
+class CollectArguments(SampleArguments):
+    split: str = field(default="train", metadata={"help": "Which problems."})
+    num_attempts: int = field(default=2, metadata={"help": "Attempts in a rollout; 1 for first attempts alone."})
+    temperature: float = field(default=1.0, metadata={"help": "As in training."})
+    num_samples: int = field(default=8, metadata={"help": "Rollouts per problem."})
+
+
+@dataclass
 class ScaleArguments(SampleArguments):
     temperature: float = field(default=0.7, metadata={"help": "The paper uses 0.7."})
     max_budget: int = field(default=64, metadata={"help": "Samples per problem, a power of 2."})
@@ -84,7 +94,8 @@ def parse(kind: type, command: str, arguments: list[str]):
 
 
 def sample(command: str, arguments: list[str]) -> str:
-    args = vars(parse({"evaluate": EvaluateArguments, "scale": ScaleArguments}[command], command, arguments))
+    kinds = {"evaluate": EvaluateArguments, "scale": ScaleArguments, "collect": CollectArguments}
+    args = vars(parse(kinds[command], command, arguments))
     endpoint = args["backend"] == "endpoint"
     own = {name: args.pop(name) for name in ("base_url", "dtype", "revision", "load_in_4bit")}
     for name, value in own.items():
@@ -100,6 +111,10 @@ def sample(command: str, arguments: list[str]) -> str:
             bnb_4bit_compute_dtype=getattr(torch, own["dtype"] or "bfloat16"),
         )
     own = {name: value for name, value in own.items() if value is not None}
+    if command == "collect":
+        from .collection import collect, describe
+
+        return f"{describe(collect(**args, **own))}: {args['output_dir']}"
     if command == "scale":
         from .scaling import inference_scaling
 
@@ -120,17 +135,21 @@ def sample(command: str, arguments: list[str]) -> str:
     return str(evaluate_self_correction(**args, **own))
 
 
-def train(arguments: list[str]) -> int:
-    """As `trl grpo` does: what the training does not know is for `accelerate launch`."""
-    from trl import ModelConfig, TrlParser
+def launch(command: str, arguments: list[str]) -> int:
+    """As `trl grpo` does: what the command does not know is for `accelerate launch`."""
+    from trl import ModelConfig, SFTConfig, TrlParser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    from .score_config import SCoReConfig
-    from .training import TaskArguments
+    if command == "train":
+        from .score_config import SCoReConfig
+        from .training import TrainArguments
 
-    parser = TrlParser(
-        (TaskArguments, SCoReConfig, ModelConfig), prog="trl-score train", description=COMMANDS["train"]
-    )
+        kinds, module = (TrainArguments, SCoReConfig, ModelConfig), "trl_score.training"
+    else:
+        from .baselines import BaselineArguments
+
+        kinds, module = (BaselineArguments, SFTConfig, ModelConfig), "trl_score.baselines"
+    parser = TrlParser(kinds, prog=f"trl-score {command}", description=COMMANDS[command])
     *_, of_file, of_line = parser.parse_args_and_config(
         list(arguments), return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -145,7 +164,7 @@ def train(arguments: list[str]) -> int:
             ours.append(argument)
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    launch_command(launch_command_parser().parse_args([*launch, "--module", "trl_score.training", *ours]))
+    launch_command(launch_command_parser().parse_args([*launch, "--module", module, *ours]))
     return 0
 
 
@@ -207,6 +226,13 @@ def sandbox_backend() -> str:
     return sandbox.backend
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks, where `accelerate launch` has started several."""
+    from .evaluation import processes
+
+    return processes().is_main_process
+
+
 def usage() -> str:
     lines = [
         "usage: trl-score COMMAND [OPTIONS]",
@@ -243,17 +269,23 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_score").setLevel(logging.INFO)
     try:
-        if command == "train":
-            return train(rest)
+        if command in ("train", "baselines"):
+            return launch(command, rest)
         if command == "env":
             print(environment())
         elif command == "report":
             print(report(rest))
         else:
-            print(sample(command, rest))
+            text = sample(command, rest)
+            if is_main_process():
+                print(text)
     except (OSError, ValueError, RuntimeError, ImportError) as error:  # what the user can mend is said in one line
         if os.environ.get("TRL_SCORE_TRACEBACK"):
             raise
         print(f"trl-score {command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,11 +18,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .metrics import bootstrap_intervals, edit_distance_ratio, label, mcnemar
-from .sampling import BACKENDS, Decoding, Sampler, as_sampler
+from .sampling import BACKENDS, Decoding, Sampler, as_sampler, name_of
 from .tasks import Task, get_task
 from .tasks.base import first
 
@@ -161,17 +163,14 @@ def evaluate_self_correction(
     rows = first(task.load(split), limit)
     if self_refine:
         turns = {name: getattr(task, name) for name in ("feedback_instruction", "refine_instruction")}
-        if given:  # the prompt ends with the correction instruction
-            asked = {"role": "user", "content": task.feedback_instruction}
-            rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
     else:
         turns = {"correction_instruction": correction_instruction or task.correction_instruction}
-    name = (
-        model if isinstance(model, str) else model.name if isinstance(model, Sampler) else model.config._name_or_path
-    )
+    if given:  # the prompt ends with the first of them
+        asked = {"role": "user", "content": next(iter(turns.values()))}
+        rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
     decoding = Decoding(temperature, top_p, max_completion_length)
     settings = {
-        "model": name,
+        "model": name_of(model),
         "backend": backend if isinstance(model, str) else getattr(model, "backend", "transformers"),
         "task": task.name,
         "split": split,
@@ -207,19 +206,20 @@ def run(
     """
     Make and grade the rollouts that the store has not, in batches of prompts of like length, the longest first. `turns` are
     what the user says from an attempt to the next: the correction instruction, or the two of Self-Refine, whose feedback is
-    between them.
+    between them. Of several processes each takes its share of the batches.
     """
     prompts = rows["prompt"]
     lengths = [sampler.length(prompt) for prompt in prompts]
     todo = sorted(todo, key=lambda item: (-lengths[item[0]], item))
-    given = task.num_given_attempts
+    given, keep_tokens = task.num_given_attempts, store.settings.get("token_ids", False)
     instructions = turns * (num_attempts - max(given, 1))
     if given:  # the prompt ends with the first
         instructions = instructions[1:]
     # Of the texts that are sampled, the last is an attempt, and so is each `step`-th before it; the others are feedback.
     step = len(turns)
     offset = len(instructions) % step
-    for start in tqdm(range(0, len(todo), batch_size), desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
+    own = range(store.state.process_index * batch_size, len(todo), store.state.num_processes * batch_size)
+    for start in tqdm(own, desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
         batch = todo[start : start + batch_size]  # the same batches, with the same seeds, also when it goes on
         missing = [i for i, item in enumerate(batch) if item not in store.done]
         if not missing:
@@ -242,6 +242,7 @@ def run(
                     **record,
                     "num_tokens": [None] * given + [attempt.num_tokens for attempt in rollouts[i]],
                     "truncated": [False] * given + [attempt.truncated for attempt in rollouts[i]],
+                    **({"token_ids": [attempt.token_ids for attempt in rollouts[i]]} if keep_tokens else {}),
                     **(
                         {
                             "feedback": [each.text for each in feedback[i]],
@@ -298,65 +299,115 @@ def _without(row: dict, name: str) -> dict:
     return {key: value for key, value in row.items() if key != name}
 
 
+def processes() -> PartialState:
+    """The processes that `accelerate launch` started, also without an accelerator."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 class Store:
-    """The rollouts of an evaluation, in a folder or in memory."""
+    """
+    The rollouts of an evaluation, in a folder or in memory. In a folder, the processes of `accelerate launch` share the work:
+    each writes a file of its own, and reads all.
+    """
 
     def __init__(self, output_dir: str | Path | None, settings: dict):
         self.folder = None if output_dir is None else Path(output_dir)
         self.settings = settings
         self.rollouts: list[dict] = []
+        self.state = processes()
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / SETTINGS
-            if file.exists():
-                before = json.loads(file.read_text("utf-8"))
-                different = [name for name in settings if before.get(name) != settings[name]]
-                if different:
-                    changes = ", ".join(
-                        f"{name} {before.get(name)!r} instead of {settings[name]!r}" for name in different
-                    )
-                    raise ValueError(
-                        f"`output_dir={str(output_dir)!r}` holds another evaluation: {changes}. Take another folder."
-                    )
-            else:
-                file.write_text(json.dumps(settings | {"versions": versions()}, indent=2, ensure_ascii=False), "utf-8")
-            self._read()
+            with self.state.main_process_first():
+                self._open(output_dir)
+            self.state.wait_for_everyone()  # nobody writes while another still reads
+        elif self.state.num_processes > 1:
+            raise ValueError("Processes share their rollouts through a folder, but `output_dir` is None. Set it.")
         self.done = {(row["index"], row["sample"]) for row in self.rollouts}
         if self.done:
             logger.info(f"{len(self.done)} rollouts are already in {self.folder}.")
 
-    def _read(self) -> None:
-        """What was written before; a line that was being written when it stopped is dropped, also from the file."""
-        file = self.folder / ROLLOUTS
-        if not file.exists():
-            return
-        data = file.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with file.open("r+b") as handle:
-                handle.truncate(len(whole))
-        self.rollouts = [json.loads(line) for line in whole.splitlines()]
+    def _open(self, output_dir: str | Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / SETTINGS
+        if file.exists():
+            before = json.loads(file.read_text("utf-8"))
+            different = [name for name in self.settings if before.get(name) != self.settings[name]]
+            if different:
+                changes = ", ".join(
+                    f"{name} {before.get(name)!r} instead of {self.settings[name]!r}" for name in different
+                )
+                raise ValueError(
+                    f"`output_dir={str(output_dir)!r}` holds another evaluation: {changes}. Take another folder."
+                )
+        else:
+            text = json.dumps(self.settings | {"versions": versions()}, indent=2, ensure_ascii=False)
+            file.write_text(text, "utf-8")
+        self.rollouts = read_rollouts(self.folder)
+
+    @property
+    def file(self) -> Path:
+        """Where this process writes."""
+        number = self.state.process_index
+        return self.folder / (f"rollouts-{number}.jsonl" if number else ROLLOUTS)
 
     def add(self, records: list[dict]) -> None:
         self.rollouts += records
         self.done |= {(row["index"], row["sample"]) for row in records}
         if self.folder is not None:
             lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
-            with (self.folder / ROLLOUTS).open("ab") as handle:
+            with self.file.open("ab") as handle:
                 handle.write(lines)
 
+    def all_rollouts(self) -> list[dict]:
+        """Those of all processes, by problem and sample."""
+        if self.state.num_processes > 1:
+            self.state.wait_for_everyone()
+            self.rollouts = read_rollouts(self.folder)
+        self.rollouts.sort(key=position)
+        return self.rollouts
+
     def finish(self) -> Evaluation:
-        self.rollouts.sort(key=lambda row: (row["index"], row["sample"]))
-        evaluation = Evaluation(self.settings, self.rollouts)
-        if self.folder is not None:
+        evaluation = Evaluation(self.settings, self.all_rollouts())
+        if self.folder is not None and self.state.is_main_process:
             text = json.dumps(self.settings | evaluation.summary, indent=2, ensure_ascii=False)
             (self.folder / SUMMARY).write_text(text, "utf-8")
         return evaluation
 
 
+def position(row: dict) -> tuple[int, int]:
+    return row["index"], row["sample"]
+
+
+def read_rollouts(folder: Path) -> list[dict]:
+    """What a folder has; a line that was being written when a process stopped is dropped, also from its file."""
+    rollouts = {}
+    for file in sorted(folder.glob("rollouts*.jsonl")):
+        data = file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with file.open("r+b") as handle:
+                handle.truncate(len(whole))
+        for line in whole.splitlines():
+            row = json.loads(line)
+            rollouts[position(row)] = row
+    return sorted(rollouts.values(), key=position)
+
+
 def versions() -> dict[str, str]:
     names = ("trl-score", "trl", "transformers", "torch")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def load_rollouts(folder: str | Path) -> tuple[dict, list[dict]]:
+    """
+    Settings and rollouts of an evaluation or a collection, by problem and sample.
+
+    Raises:
+        `FileNotFoundError`: If the folder holds none.
+    """
+    folder = Path(folder)
+    if not (folder / SETTINGS).exists():
+        raise FileNotFoundError(f"'{folder}' holds no evaluation: it has no {SETTINGS}.")
+    return json.loads((folder / SETTINGS).read_text("utf-8")), read_rollouts(folder)
 
 
 def load_evaluation(folder: str | Path) -> Evaluation:
@@ -366,14 +417,7 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     Raises:
         `FileNotFoundError`: If the folder holds none.
     """
-    folder = Path(folder)
-    if not (folder / SETTINGS).exists():
-        raise FileNotFoundError(f"'{folder}' holds no evaluation: it has no {SETTINGS}.")
-    store = Store(None, json.loads((folder / SETTINGS).read_text("utf-8")))
-    store.folder = folder
-    store._read()
-    store.rollouts.sort(key=lambda row: (row["index"], row["sample"]))
-    return Evaluation(store.settings, store.rollouts)
+    return Evaluation(*load_rollouts(folder))
 
 
 def summarize(rollouts: list[dict]) -> dict:

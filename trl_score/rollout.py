@@ -121,6 +121,15 @@ def roll_out(
     return Rollouts(prompt_ids, attempts, bridges, logprobs)
 
 
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
+    """Token ids of a prompt, chat messages (with the generation prompt) or text, as in training."""
+    if not is_conversational({"prompt": prompt}):
+        return tokenizer(text=prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
 def decode_attempts(tokenizer: PreTrainedTokenizerBase, prompts: list, rollouts: Rollouts, attempt: int) -> list:
     """
     Attempts `attempt`, from 1, as TRL's completions: a list with one chat message, or text, as the prompts are.

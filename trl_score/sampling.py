@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import InferenceClient
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import is_conversational
 
-from .rollout import Bridge, decode_attempts, roll_out
+from .rollout import Bridge, decode_attempts, roll_out, tokenize_prompt
 from .tasks.base import text_of
 
 
@@ -36,12 +36,13 @@ class Decoding:
 class Attempt:
     """
     One sampled text, an attempt or (in Self-Refine) feedback on one: the text, its tokens (`None` where an endpoint does not
-    say), and whether it was cut off.
+    say), whether it was cut off, and which tokens they are.
     """
 
     text: str
     num_tokens: int | None
     truncated: bool
+    token_ids: list[int] | None = None
 
 
 class Sampler(ABC):
@@ -93,11 +94,7 @@ class TokenSampler(Sampler):
     eos_token_ids: set[int]
 
     def tokenize(self, prompt: str | list[dict]) -> list[int]:
-        if is_conversational({"prompt": prompt}):
-            return self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        return self.tokenizer(text=prompt)["input_ids"]
+        return tokenize_prompt(self.tokenizer, prompt)
 
     def length(self, prompt: str | list[dict]) -> int:
         return len(self.tokenize(prompt))
@@ -122,7 +119,7 @@ class TokenSampler(Sampler):
         texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(number)]
         return [
             [
-                Attempt(text_of(text[i]), len(ids), not ids or ids[-1] not in self.eos_token_ids)
+                Attempt(text_of(text[i]), len(ids), not ids or ids[-1] not in self.eos_token_ids, list(ids))
                 for text, ids in zip(texts, rollouts.attempts[i], strict=True)
             ]
             for i in range(len(prompts))
@@ -147,7 +144,7 @@ class TransformersSampler(TokenSampler):
     def __init__(self, model, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs):
         self.name = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(model, str):
-            kwargs.setdefault("device_map", "auto" if torch.cuda.is_available() else None)
+            kwargs.setdefault("device_map", self._device_map())
             revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **revision)
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
@@ -159,6 +156,14 @@ class TransformersSampler(TokenSampler):
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         self.eos_token_ids = {tokenizer.eos_token_id, *eos}
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @staticmethod
+    def _device_map() -> str | dict | None:
+        """All GPUs for one process; of several processes each has its own."""
+        if not torch.cuda.is_available():
+            return None
+        state = PartialState()
+        return "auto" if state.num_processes == 1 else {"": state.local_process_index}
 
     def generate(self, contexts: list[list[int]], decoding: Decoding, seed: int) -> list[list[int]]:
         longest = max(map(len, contexts))
@@ -287,6 +292,13 @@ class EndpointSampler(Sampler):
 
 
 BACKENDS = {"transformers": TransformersSampler, "vllm": VLLMSampler, "endpoint": EndpointSampler}
+
+
+def name_of(model) -> str:
+    """What results call a model, its name or a sampler."""
+    return (
+        model if isinstance(model, str) else model.name if isinstance(model, Sampler) else model.config._name_or_path
+    )
 
 
 def as_sampler(

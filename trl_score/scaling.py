@@ -155,9 +155,7 @@ def inference_scaling(
     if len(others.done) < len(todo):
         instruction = correction_instruction or task.correction_instruction
         run(sampler, task, rows, todo, others, [instruction], 1, decoding, batch_size, seed + 1)
-    result = votes(
-        task, corrected.rollouts, sorted(others.rollouts, key=lambda row: (row["index"], row["sample"])), max_budget
-    )
+    result = votes(task, corrected.rollouts, others.all_rollouts(), max_budget)
     (folder / SCALING).write_text(json.dumps({"settings": corrected.settings, "budgets": result}, indent=2), "utf-8")
     return result
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from .collection import with_first_attempts
 from .metrics import label
 from .score_config import CORRECTION_INSTRUCTION, SCoReConfig
 from .score_trainer import SCoReTrainer
@@ -52,24 +53,57 @@ class TaskArguments:
     )
 
 
-def load_task(arguments: TaskArguments) -> tuple[Task, Dataset, Dataset | None]:
+@dataclass
+class TrainArguments(TaskArguments):
     """
-    The task, its problems to train on, and those to evaluate on, if any.
+    Which problems to train on by reinforcement.
+
+    Args:
+        first_attempts (`str`, *optional*):
+            Folder of `trl-score collect` with first attempts at the problems to train on, for `offline_first_attempts`.
+    """
+
+    first_attempts: str | None = field(
+        default=None,
+        metadata={"help": "Folder of `trl-score collect` with first attempts, for `offline_first_attempts`."},
+    )
+
+
+def load_tasks(arguments: TaskArguments) -> tuple[Task, Task | None]:
+    """
+    The task to train on, and the one to evaluate on, if any.
 
     Raises:
         `SystemExit`: If they cannot be had, with one line that says why.
     """
     try:
         task = get_task(arguments.task, data_dir=arguments.data_dir)
-        train_rows = first(task.load("train"), arguments.num_train_problems)
         if arguments.num_eval_problems == 0:
-            return task, train_rows, None
+            return task, None
+        if arguments.eval_task in (None, arguments.task):
+            return task, task
         other = {"sandbox": task.sandbox} if hasattr(task, "sandbox") else {}
-        same = arguments.eval_task in (None, arguments.task)
-        eval_task = task if same else get_task(arguments.eval_task, data_dir=arguments.data_dir, **other)
-        return task, train_rows, first(eval_task.load("test"), arguments.num_eval_problems)
+        return task, get_task(arguments.eval_task, data_dir=arguments.data_dir, **other)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(str(error))
+
+
+def load_task(arguments: TrainArguments) -> tuple[Task, Dataset, Dataset | None]:
+    """
+    The task, its problems to train on, and those to evaluate on, if any.
+
+    Raises:
+        `SystemExit`: If they cannot be had, with one line that says why.
+    """
+    task, eval_task = load_tasks(arguments)
+    try:
+        train_rows = first(task.load("train"), arguments.num_train_problems)
+        if arguments.first_attempts is not None:
+            train_rows = with_first_attempts(train_rows, arguments.first_attempts, task)
+        eval_rows = None if eval_task is None else first(eval_task.load("test"), arguments.num_eval_problems)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(str(error))
+    return task, train_rows, eval_rows
 
 
 def percent(share: float | None) -> float:
@@ -194,7 +228,7 @@ def show(trainer: SCoReTrainer) -> None:
 
 def main() -> None:
     """A process of `trl-score train`."""
-    task_args, args, model_args = TrlParser((TaskArguments, SCoReConfig, ModelConfig)).parse_args_and_config()
+    task_args, args, model_args = TrlParser((TrainArguments, SCoReConfig, ModelConfig)).parse_args_and_config()
     if task_args.task is None:
         sys.exit(f"Which problems? Give --task: {', '.join(TASKS)}.")
     if task_args.task == Arithmetic.name and model_args.model_name_or_path is None:

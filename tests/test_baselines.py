@@ -1,0 +1,309 @@
+"""STaR and Pair-SFT: which traces they learn from, which tokens, and that what was interrupted goes on."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from trl_score import baselines
+from trl_score.baselines import BaselineArguments, pair_traces, run_baseline, star_traces, tokenized
+from trl_score.rollout import Bridge
+from trl_score.tasks import Arithmetic
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH
+
+
+BASE = str(BASE_MODEL_PATH)
+
+
+def rollout(index, sample, correct, tokens=None):
+    """A rollout whose attempt k has the tokens [index, sample, k]."""
+    tokens = tokens or [[index, sample, k] for k in range(1, len(correct) + 1)]
+    prompt = [{"role": "user", "content": f"problem {index}"}]
+    return {"index": index, "sample": sample, "prompt": prompt, "correct": correct, "token_ids": tokens}
+
+
+W, R = False, True
+TWO_ATTEMPTS = [
+    *(
+        rollout(0, 0, [W, R]),
+        rollout(0, 1, [R, R]),
+        rollout(0, 2, [R, W]),
+        rollout(0, 3, [W, W]),
+        rollout(0, 4, [W, R]),
+    ),
+    *(rollout(1, 0, [R, R]), rollout(1, 1, [None, R]), rollout(1, 2, [W, None])),
+    rollout(2, 0, [W, W]),
+]
+
+
+def kept(traces):
+    return [(row["index"], row["kind"], row["attempts"], row["learn"]) for row in traces]
+
+
+# STaR
+
+
+def test_star_keeps_the_rollouts_that_turn_wrong_into_right():
+    """Of problem 0 samples 0 and 4; of the others none: c→c is not in D, and what could not be graded in neither."""
+    assert kept(star_traces(TWO_ATTEMPTS)) == [
+        (0, "i_to_c", [[0, 0, 1], [0, 0, 2]], [False, True]),
+        (0, "i_to_c", [[0, 4, 1], [0, 4, 2]], [False, True]),
+    ]
+
+
+@pytest.mark.parametrize("learn, of_right", [("right", [True, True]), ("last", [False, True])])
+def test_star_plus_keeps_right_ones_that_stay_right_too(learn, of_right):
+    assert kept(star_traces(TWO_ATTEMPTS, plus=True, learn=learn)) == [
+        (0, "i_to_c", [[0, 0, 1], [0, 0, 2]], [False, True]),
+        (0, "i_to_c", [[0, 4, 1], [0, 4, 2]], [False, True]),
+        (0, "c_to_c", [[0, 1, 1], [0, 1, 2]], of_right),
+        (1, "c_to_c", [[1, 0, 1], [1, 0, 2]], of_right),
+    ]
+
+
+def test_no_problem_gives_more_traces_of_a_kind_than_it_may():
+    traces = star_traces(TWO_ATTEMPTS, plus=True, max_per_problem=1)
+    assert [(row["index"], row["kind"]) for row in traces] == [(0, "i_to_c"), (0, "c_to_c"), (1, "c_to_c")]
+
+
+def test_a_prompt_goes_with_its_own_attempts():
+    for row in star_traces(TWO_ATTEMPTS, plus=True):
+        assert row["prompt"][0]["content"] == f"problem {row['index']}"
+        assert {tokens[0] for tokens in row["attempts"]} == {row["index"]}
+
+
+# Pair-SFT
+
+
+def first_attempts():
+    """Problem 0: wrong 0, 1, 2 and right 3, 4; problem 1: right 0 to 4 only; problem 2: wrong only; problem 3: one each."""
+    verdicts = {0: [W, W, W, R, R], 1: [R] * 5, 2: [W] * 3, 3: [R, W, None]}
+    return [rollout(index, i, [right]) for index, row in verdicts.items() for i, right in enumerate(row)]
+
+
+def test_pairs_are_a_wrong_and_a_right_attempt_at_the_same_problem():
+    """min(wrong, right) pairs: two of problem 0, none of 1 and 2, one of 3. No attempt is used twice."""
+    traces = pair_traces(first_attempts())
+    assert traces["index"] == [0, 0, 3] and set(traces["kind"]) == {"i_to_c"}
+    assert all(row["learn"] == [False, True] for row in traces)
+    wrong, right = zip(*traces["attempts"], strict=True)
+    assert all(first[0] == second[0] for first, second in traces["attempts"])
+    assert {tuple(row) for row in right} == {(0, 3, 1), (0, 4, 1), (3, 0, 1)}
+    assert {tuple(row) for row in wrong} < {(0, 0, 1), (0, 1, 1), (0, 2, 1), (3, 1, 1)} and len(
+        set(map(tuple, wrong))
+    ) == 3
+
+
+def test_plus_adds_pairs_of_two_different_right_attempts():
+    """Right ones in pairs: one of problem 0, two of problem 1 (the fifth is left over), none of 3."""
+    traces = pair_traces(first_attempts(), plus=True)
+    added = [row for row in traces if row["kind"] == "c_to_c"]
+    assert [row["index"] for row in added] == [0, 1, 1] and all(row["learn"] == [True, True] for row in added)
+    used = [tuple(tokens) for row in added for tokens in row["attempts"]]
+    assert len(set(used)) == len(used) == 6 and all(
+        index == row["index"] for row in added for index, *_ in row["attempts"]
+    )
+    assert [row for row in traces if row["kind"] == "i_to_c"] == list(pair_traces(first_attempts()))
+
+
+def test_pairing_is_random_and_reproducible():
+    many = [rollout(0, i, [i % 2 == 0]) for i in range(20)]
+    assert kept(pair_traces(many)) == kept(pair_traces(many)) != kept(pair_traces(many, seed=1))
+    assert len(pair_traces(many, max_per_problem=3)) == 3
+
+
+@pytest.mark.parametrize(
+    "make, rollouts", [(star_traces, [rollout(0, 0, [R, R])]), (pair_traces, [rollout(0, 0, [R])])]
+)
+def test_nothing_to_learn_is_an_error(make, rollouts):
+    with pytest.raises(ValueError, match="There is nothing to learn from: of 1 rollouts none"):
+        make(rollouts)
+
+
+def test_traces_of_an_endpoint_have_no_tokens():
+    with pytest.raises(ValueError, match="have no tokens"):
+        star_traces([rollout(0, 0, [W, R], tokens=[None, None])])
+
+
+# Tokens and labels
+
+
+@pytest.mark.parametrize("learn", [[False, True], [True, True], [True, False]])
+def test_loss_is_on_the_attempts_to_learn_and_nothing_else(learn):
+    """Token by token: <user> 1 2 <assistant> | 3 4 <end> | <user> please check again <assistant> | 5 <end>."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    ids = tokenizer.convert_tokens_to_ids
+    end = tokenizer.eos_token_id
+    attempts = [[ids("3"), ids("4"), end], [ids("5"), end]]
+    prompt = [{"role": "user", "content": "1 2"}]
+    traces = Dataset.from_list(
+        [{"index": 0, "kind": "i_to_c", "prompt": prompt, "attempts": attempts, "learn": learn}]
+    )
+    row = tokenized(traces, tokenizer, "please check again")[0]
+    words = [
+        "<user>",
+        "1",
+        "2",
+        "<assistant>",
+        "3",
+        "4",
+        "<end>",
+        "<user>",
+        "please",
+        "check",
+        "again",
+        "<assistant>",
+        "5",
+        "<end>",
+    ]
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == words
+    of_first, of_second = ([t if on else -100 for t in a] for a, on in zip(attempts, learn, strict=True))
+    assert row["labels"] == [-100] * 4 + of_first + [-100] * 5 + of_second
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+def test_a_cut_off_attempt_gets_its_end_as_context(chat_model, is_text):
+    """An attempt without an end of turn: the bridge has it, and it is not learnt. In chat and in plain text."""
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    text = tokenizer("what?")["input_ids"]
+    attempts = [text, [*text, tokenizer.eos_token_id]]
+    prompt = "say" if is_text else [{"role": "user", "content": "say"}]
+    traces = Dataset.from_list([{"prompt": prompt, "attempts": attempts, "learn": [True, True]}])
+    row = tokenized(traces, tokenizer, "again")[0]
+    bridge = Bridge(tokenizer)([prompt], ["again"], 1, [text])[0]
+    start = len(row["input_ids"]) - len(text) * 2 - 1 - len(bridge)
+    assert bridge[0] == tokenizer.eos_token_id
+    assert row["input_ids"][start:] == text + bridge + attempts[1]
+    assert row["labels"] == [-100] * start + text + [-100] * len(bridge) + attempts[1]
+
+
+def test_the_loss_of_the_trainer_is_the_mean_over_the_learnt_tokens(tmp_path):
+    rows = Arithmetic(num_train=4).load("train")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    gold = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for answer in rows["answer"]]
+    traces = Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "attempts": [gold[0], ids], "learn": [i % 2 == 0, True]}
+            for i, (row, ids) in enumerate(zip(rows, gold, strict=True))
+        ]
+    )
+    dataset = tokenized(traces, tokenizer, Arithmetic.correction_instruction)
+    args = SFTConfig(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=1, learning_rate=0.0, max_length=None, bf16=False,
+        use_cpu=True, report_to="none", gradient_checkpointing=False, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    trainer = SFTTrainer(BASE, args=args, train_dataset=dataset)
+    trainer.train()
+    input_ids, labels = torch.tensor(dataset["input_ids"]), torch.tensor(dataset["labels"])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(BASE)(input_ids=input_ids).logits[:, :-1]
+    taken = labels[:, 1:] != -100
+    assert taken.sum() == 6 * 8
+    expected = -logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0][taken].mean()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+# Whole baselines
+
+
+@pytest.fixture
+def sft(tmp_path):
+    return SFTConfig(
+        str(tmp_path / "out"), per_device_train_batch_size=16, max_steps=2, learning_rate=1e-3, max_length=None, bf16=False,
+        use_cpu=True, report_to="none", gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+
+
+def arguments(**changes):
+    settings = {
+        "task": "arithmetic",
+        "num_samples": 24,
+        "max_completion_length": 8,
+        "sampling_batch_size": 200,
+        "plus": True,
+    }
+    return BaselineArguments(**settings | changes)
+
+
+TASK = Arithmetic(num_train=60)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_star_interrupted_in_its_second_iteration_ends_with_the_same_weights(tmp_path, sft, monkeypatch):
+    model = ModelConfig(BASE)
+    whole = run_baseline(model, TASK, arguments(), replace(sft, output_dir=str(tmp_path / "whole")))
+    assert [entry["rollouts"] for entry in whole["iterations"]] == [60 * 4] * 3  # 24 = 3 iterations x 4 x 2 attempts
+    assert whole["attempts_sampled"] == 60 * 24 and all(entry["steps"] == 2 for entry in whole["iterations"])
+
+    fine_tune, calls = baselines.fine_tune, []
+
+    def breaks(base, *args):
+        calls.append(base)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fine_tune(base, *args)
+
+    monkeypatch.setattr(baselines, "fine_tune", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run_baseline(model, TASK, arguments(), sft)
+    result = run_baseline(model, TASK, arguments(), sft)
+    assert calls == [BASE] * 4  # iteration 1, 2 (broken), 2, 3: each from the base model
+    strip = lambda found: [{**entry, "seconds": 0} for entry in found["iterations"]]  # noqa: E731
+    assert strip(result) == strip(whole) == strip(json.loads((Path(sft.output_dir) / "baseline.json").read_text()))
+    got, expected = weights(sft.output_dir), weights(tmp_path / "whole")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    base = weights(BASE)
+    assert any((got[name] != base[name]).any() for name in base)
+    sampled = [
+        json.loads((Path(sft.output_dir) / f"rollouts-{k}" / "settings.json").read_text())["model"] for k in (1, 2, 3)
+    ]
+    assert [name.split("/")[-1] for name in sampled] == ["arithmetic_base", "iteration-1", "iteration-2"]
+
+    monkeypatch.setattr(baselines, "fine_tune", None)
+    assert run_baseline(model, TASK, arguments(), sft) == result  # finished: nothing is done again
+    with pytest.raises(ValueError, match="holds another baseline: plus True instead of False"):
+        run_baseline(model, TASK, arguments(plus=False), sft)
+
+
+def test_pair_sft_trains_an_adapter_once(sft):
+    model = ModelConfig(BASE, use_peft=True, lora_target_modules=["q_proj", "v_proj"])
+    result = run_baseline(model, TASK, arguments(method="pair_sft"), sft)
+    (entry,) = result["iterations"]
+    assert entry["rollouts"] == 60 * 24 and entry["i_to_c"] > 100 and entry["c_to_c"] > 100
+    assert (Path(sft.output_dir) / "adapter_model.safetensors").exists()
+    lines = (Path(sft.output_dir) / "rollouts-1" / "rollouts.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["attempts"]) == 1 for line in lines)
+
+
+def test_a_held_out_problem_is_not_learnt_from(sft):
+    with pytest.raises(ValueError, match="A problem of the test split is among those to learn from"):
+        run_baseline(ModelConfig(BASE), TASK, arguments(), sft, held_out=TASK.load("train").select([59]))
+
+
+def test_a_trace_that_would_be_cut_is_refused(sft):
+    with pytest.raises(ValueError, match="`max_length=20` is too short for a trace of 29 tokens"):
+        run_baseline(ModelConfig(BASE), TASK, arguments(), replace(sft, max_length=20))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"method": "raft"}, "Unknown method 'raft'"),
+        (
+            {"num_samples": 5},
+            "`num_samples=5` attempts per problem are too few for `num_iterations=3` of star. Set it to 6",
+        ),
+        ({"num_iterations": 0}, "iterations to 1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(**changes)
