@@ -1,6 +1,7 @@
 """STaR and Pair-SFT: which traces they learn from, which tokens, and that what was interrupted goes on."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_score import baselines
-from trl_score.baselines import BaselineArguments, pair_traces, run_baseline, star_traces, tokenized
+from trl_score.baselines import BaselineArguments, fine_tune, pair_traces, run_baseline, star_traces, tokenized
+from trl_score.collection import collect
 from trl_score.rollout import Bridge
-from trl_score.tasks import Arithmetic
+from trl_score.sampling import Attempt, Sampler
+from trl_score.tasks import Arithmetic, get_task
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 
 BASE = str(BASE_MODEL_PATH)
+DATA = Path(os.environ.get("TRL_SCORE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not (DATA / "mbpp").exists(), reason="no shared data")
 
 
 def rollout(index, sample, correct, tokens=None):
@@ -291,6 +296,57 @@ def test_a_held_out_problem_is_not_learnt_from(sft):
 def test_a_trace_that_would_be_cut_is_refused(sft):
     with pytest.raises(ValueError, match="`max_length=20` is too short for a trace of 29 tokens"):
         run_baseline(ModelConfig(BASE), TASK, arguments(), replace(sft, max_length=20))
+
+
+class Scripted(Sampler):
+    """Says one of a problem's texts, a right or a wrong one, in the tokens of a model."""
+
+    name, backend = "scripted", "transformers"
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts, self.calls = tokenizer, texts, 0
+
+    def length(self, prompt):
+        return 1
+
+    def sample(self, prompts, instructions, decoding, seed, given=0):
+        rows = []
+        for prompt in prompts:
+            self.calls += 1
+            says = [self.texts[prompt[-1]["content"]][(self.calls + k) % 2] for k in range(len(instructions) + 1)]
+            ids = [[*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id] for text in says]
+            rows.append([Attempt(text, len(each), False, each) for text, each in zip(says, ids, strict=True)])
+        return rows
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["gsm8k", "mbpp"])
+def test_real_problems_become_traces_that_are_learnt(chat_model, sft, name):
+    """Attempts that are the row's own solution or a wrong one; graded by the task, paired, learnt by a tiny model."""
+    consent = {"allow_code_execution": True} if name == "mbpp" else {}
+    task = get_task(name, data_dir=str(DATA), **consent)
+    rows = task.load("train").select(range(6))
+    if name == "mbpp":
+        programs = {number: row["code"] for number, row in task.all_rows().items()}
+        wrong, right = "def f():\n    return 1", [programs[number] for number in rows["task_id"]]
+    else:
+        say = "The final answer is ${}$. I hope it is correct.".format
+        wrong, right = say(-1), [say(answer) for answer in rows["answer"]]
+    texts = {prompt[-1]["content"]: (wrong, text) for prompt, text in zip(rows["prompt"], right, strict=True)}
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    shared = {"limit": 6, "num_samples": 2, "batch_size": 3}
+    two = collect(Scripted(tokenizer, texts), task, **shared)
+    one = collect(Scripted(tokenizer, texts), task, num_attempts=1, **shared)
+    getattr(task, "close", lambda: None)()
+    assert sorted(map(tuple, [row["correct"] for row in two])) == [(False, True)] * 6 + [(True, False)] * 6
+    for traces in (star_traces(two), pair_traces(one)):
+        assert traces["index"] == list(range(6)) and set(traces["kind"]) == {"i_to_c"}
+        dataset = tokenized(traces, tokenizer, task.correction_instruction)
+        for row, prompt in zip(dataset, traces["prompt"], strict=True):
+            kept = [token for token in row["labels"] if token != -100]
+            assert tokenizer.decode(kept, skip_special_tokens=True) == texts[prompt[-1]["content"]][1]
+            assert task.correction_instruction in tokenizer.decode(row["input_ids"])
+    assert fine_tune(chat_model, dataset, replace(sft, per_device_train_batch_size=2), ModelConfig(chat_model)) == 2
 
 
 @pytest.mark.parametrize(

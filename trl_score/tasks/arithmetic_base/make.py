@@ -176,13 +176,13 @@ def train(model, conversations, *, steps: int, learning_rate, stop=None) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument(
         "--target", type=float, default=50.0, help="first-attempt accuracy that ends phase 1, in percent"
     )
     parser.add_argument("--cool_down_steps", type=int, default=100)
     parser.add_argument("--recalibration_steps", type=int, default=120)
-    parser.add_argument("--max_steps", type=int, default=3000)
+    parser.add_argument("--max_steps", type=int, default=6000)
     args = parser.parse_args()
 
     set_seed(args.seed)
