@@ -78,14 +78,16 @@ def attempt_log_probs(log_probs, inputs, num_attempts):
     return torch.stack([(tokens * (inputs["attempt_ids"] == k)).sum(1) for k in range(1, num_attempts + 1)], dim=1)
 
 
-def exact_objective(log_probs, reference, inputs, rewards, credit, weights, gamma):
+def exact_objective(log_probs, reference, inputs, rewards, credit, weights, gamma, kl_level="token"):
     """
     Eq. 3 or Eq. 4 with the bonus, in closed form. With gamma = 0 each attempt's expectation is taken at the contexts that
     the current policy visits (no gradient through how often it visits them); with gamma = 1 the gradient goes through
-    everything. The KL is that of the next-token distributions, at the contexts that the policy visits.
+    everything. The KL is that of the next-token distributions, at the contexts that the policy visits, or that of whole
+    attempts, KL(pi(y_k | x_k) || pi_ref(y_k | x_k)).
     """
     num_attempts = rewards.size(1)
     attempts = attempt_log_probs(log_probs, inputs, num_attempts)
+    log_ratios = attempts - attempt_log_probs(reference, inputs, num_attempts)  # (R, N)
     value = 0.0
     for k in range(num_attempts):
         if gamma == 1:
@@ -94,7 +96,10 @@ def exact_objective(log_probs, reference, inputs, rewards, credit, weights, gamm
             own = torch.zeros_like(attempts)
             own[:, k] = attempts[:, k] - attempts[:, k].detach()
             probability = (attempts.detach() + own).sum(1).exp()
-        value = value + (probability * credit[:, k]).sum()
+        kl = weights[k] * log_ratios[:, k] if kl_level == "sequence" else 0.0
+        value = value + (probability * (credit[:, k] - kl)).sum()
+    if kl_level == "sequence":
+        return value
     visits = attempts.detach().sum(1).exp()  # (R,)
     kl = (log_probs.exp() * (log_probs - reference)).sum(-1)  # (R, T)
     for k in range(num_attempts):
@@ -102,11 +107,13 @@ def exact_objective(log_probs, reference, inputs, rewards, credit, weights, gamm
     return value
 
 
-def expected_advantages(rewards, probabilities, num_generations, **shaping):
+def expected_advantages(rewards, probabilities, num_generations, penalty=None, **shaping):
     """The advantage of each rollout, averaged over all groups that it can be in: (R, N)."""
     rows = len(rewards)
     others = list(itertools.product(range(rows), repeat=num_generations - 1))
     index = torch.tensor([[row, *other] for row in range(rows) for other in others])  # (R * groups, G)
+    if penalty is not None:
+        shaping["penalty"] = penalty[index.flatten()]
     advantages = leave_one_out_advantages(shaped_rewards(rewards[index.flatten()], **shaping), num_generations)
     advantages = advantages.view(rows, len(others), num_generations, -1)[:, :, 0]  # of the first of each group
     chance = probabilities[torch.tensor(others)].prod(1)  # of the others
@@ -120,8 +127,9 @@ CASES = [
 KL = [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)]
 
 
+@pytest.mark.parametrize("kl_level", ["token", "sequence"])
 @pytest.mark.parametrize("num_attempts", [2, 3])
-def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, num_attempts):
+def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, num_attempts, kl_level):
     trainer, inputs, rewards, log_probs = enumerated(num_attempts)
     parameters = list(trainer.model.parameters())
     probabilities = attempt_log_probs(log_probs()[0], inputs, num_attempts).sum(1).exp().detach()
@@ -135,8 +143,12 @@ def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, nu
         weights = kl_weights(
             stage, beta=beta, stage1_beta=stage1_beta, num_attempts=num_attempts, target=target
         ).double()
+        penalty = None
+        if kl_level == "sequence":
+            current, reference = (attempt_log_probs(x, inputs, num_attempts).detach() for x in log_probs())
+            penalty = weights * (current - reference)
         advantages = expected_advantages(
-            rewards, probabilities, 2, stage=stage, target=target, gamma=gamma, alpha=alpha
+            rewards, probabilities, 2, penalty, stage=stage, target=target, gamma=gamma, alpha=alpha
         )
         # The loss is linear in advantages and KL weights, so weighting both by each rollout's probability makes the mean
         # over all rollouts the expectation.
@@ -147,17 +159,30 @@ def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, nu
             {
                 **inputs,
                 "advantages": spread_to_tokens(advantages * scale, inputs["attempt_ids"]),
-                "kl_weights": spread_to_tokens(weights * scale, inputs["attempt_ids"]),
+                "kl_weights": spread_to_tokens(weights * scale * (kl_level == "token"), inputs["attempt_ids"]),
             },
         )
         computed = torch.autograd.grad(-loss * LENGTH, parameters)  # dr_grpo divides by the limit
 
         credit = shaped_rewards(rewards, stage=stage, target=target, gamma=0, alpha=alpha)
-        objective = exact_objective(*log_probs(), inputs, rewards, credit, weights, gamma)
+        objective = exact_objective(*log_probs(), inputs, rewards, credit, weights, gamma, kl_level)
         exact = torch.autograd.grad(objective, parameters)
         for got, expected in zip(computed, exact, strict=True):  # TRL's fused LM head computes in float32
             torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4, msg=f"{case} {beta=} {stage1_beta=}")
         assert max(gradient.abs().max() for gradient in exact) > 1e-3
+
+
+def test_sequence_kl_is_another_gradient_than_the_per_token_one(enumerated):
+    """The comparison above would see one taken for the other."""
+    trainer, inputs, rewards, log_probs = enumerated(2)
+    credit, weights = torch.zeros_like(rewards), torch.ones(2).double()
+    token, sequence = (
+        torch.autograd.grad(
+            exact_objective(*log_probs(), inputs, rewards, credit, weights, 0, level), [*trainer.model.parameters()]
+        )
+        for level in ("token", "sequence")
+    )
+    assert max((one - other).abs().max() for one, other in zip(token, sequence, strict=True)) > 1e-2
 
 
 def test_baseline_is_unbiased_in_groups_of_three(enumerated):

@@ -76,6 +76,15 @@ def test_first_attempt_never_gets_one_minus_alpha():
     close(shaped_rewards(torch.tensor([[1.0, 0.0]]), stage=2, alpha=10.0, gamma=1.0)[:, 0], [-9.0])
 
 
+def test_penalty_is_taken_off_before_discounting():
+    """Stage II, alpha = 1: 0 - 1, 2 - 3. Stage I: 0 - 1, 1 - 3. With gamma = 0.5: -1 + 0.5 * (-1), -1."""
+    rewards, penalty = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 3.0]])
+    close(shaped_rewards(rewards, stage=2, alpha=1.0, penalty=penalty), [[-1.0, -1.0]])
+    close(shaped_rewards(rewards, stage=1, alpha=1.0, penalty=penalty), [[-1.0, -2.0]])
+    close(shaped_rewards(rewards, stage=2, alpha=1.0, gamma=0.5, penalty=penalty), [[-1.5, -1.0]])
+    close(rewards, [[0.0, 1.0]])
+
+
 def test_unscored_attempt_takes_only_what_depends_on_it_along():
     rewards = torch.tensor([[NAN, 1.0, 1.0], [1.0, NAN, 1.0]])
     close(shaped_rewards(rewards, stage=2, alpha=10.0), [[NAN, NAN, 1.0], [1.0, NAN, NAN]])

@@ -39,6 +39,7 @@ BAD_CONFIGURATIONS = [
         {"multi_objective_aggregation": "normalize_then_sum"},
         "`multi_objective_aggregation='normalize_then_sum'` is not",
     ),
+    ({"kl_level": "attempt"}, "Unknown `kl_level='attempt'`. Set it to 'token' (KL in the loss) or 'sequence'"),
     ({"scale_rewards": "group"}, "`scale_rewards='group'` is not supported"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not supported"),
 ]

@@ -10,7 +10,8 @@ The loss that `SCoReTrainer` minimizes is, with these functions' results spread 
 
 $$- \sum_k A_k \log \pi(y_k \mid x_k) + \sum_k w_k \, \mathrm{KL}(\pi(\cdot \mid x_k) \,\|\, \pi_\mathrm{ref}(\cdot \mid x_k))$$
 
-with $A$ = [`leave_one_out_advantages`] of the [`shaped_rewards`] and $w$ = [`kl_weights`].
+with $A$ = [`leave_one_out_advantages`] of the [`shaped_rewards`] and $w$ = [`kl_weights`]. With a sequence-level KL the
+second term goes into the [`shaped_rewards`].
 """
 
 import torch
@@ -61,7 +62,13 @@ def stage_at(step: int, stage1_steps: int, num_attempts: int = 2) -> tuple[int, 
 
 
 def shaped_rewards(
-    rewards: Tensor, *, stage: int, alpha: float, gamma: float = 0.0, target: int | None = None
+    rewards: Tensor,
+    *,
+    stage: int,
+    alpha: float,
+    gamma: float = 0.0,
+    target: int | None = None,
+    penalty: Tensor | float = 0.0,
 ) -> Tensor:
     r"""
     Reward credited to the tokens of each attempt. Stage I credits its target attempt only (Eq. 3); Stage II credits
@@ -81,6 +88,9 @@ def shaped_rewards(
             rewards.
         target (`int`, *optional*):
             Attempt that Stage I trains; the last one if not given.
+        penalty (`torch.Tensor` of shape `(B, K)`, *optional*, defaults to `0.0`):
+            What is taken off each attempt's credit, before discounting: its weighted sequence-level KL, where that stands in
+            the reward and not in the loss (RLOO's own form of Eq. 2).
 
     Returns:
         `torch.Tensor` of shape `(B, K)`: NaN where the attempt, or another one that its credit depends on, is unscored.
@@ -105,6 +115,7 @@ def shaped_rewards(
             credit[:, 1:] += alpha * (rewards[:, 1:] - rewards[:, :-1])
     else:
         raise ValueError(f"`stage` is 1 or 2, got {stage}.")
+    credit = credit - penalty
     if gamma != 0:
         for k in range(rewards.size(1) - 2, -1, -1):
             credit[:, k] += gamma * credit[:, k + 1]

@@ -44,6 +44,10 @@ class SCoReConfig(GRPOConfig):
         stage1_beta (`float`, *optional*, defaults to `0.1`):
             Weight of the KL penalty that Stage I adds on the attempts before the one it trains, $\beta_2$ (Eq. 3). The
             paper uses 0.25 for MBPP.
+        kl_level (`str`, *optional*, defaults to `"token"`):
+            Where the KL penalties stand. `"token"`: in the loss, for each token the KL of the next-token distributions.
+            `"sequence"`: in the reward, before the baseline, for each attempt its log-ratio to the reference (Eq. 2 to the
+            letter, as in RLOO), so that a token also answers for what its attempt goes on with. It has more variance.
         reference_model_name_or_path (`str`, *optional*):
             Model to use as the reference in full fine-tuning when it is not the given model itself, for instance when
             training goes on from a model that SCoRe has trained. It needs the same architecture.
@@ -153,6 +157,13 @@ class SCoReConfig(GRPOConfig):
             "help": "Weight of the KL penalty that Stage I adds on the attempts before the one it trains (beta2, Eq. 3)."
         },
     )
+    kl_level: str = field(
+        default="token",
+        metadata={
+            "help": "Where the KL penalties stand: 'token' (default), in the loss, for each token; 'sequence', in the reward "
+            "of each attempt, before the baseline, as in RLOO."
+        },
+    )
     reference_model_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -228,6 +239,10 @@ class SCoReConfig(GRPOConfig):
             raise ValueError(
                 "`stage=1` penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
                 "none. Set `beta` above 0; the paper uses 0.01. To train without any KL set `stage1_beta=0` too."
+            )
+        if self.kl_level not in ("token", "sequence"):
+            raise ValueError(
+                f"Unknown `kl_level={self.kl_level!r}`. Set it to 'token' (KL in the loss) or 'sequence' (KL in the reward)."
             )
         if not 0 <= self.offline_first_attempts <= 1:
             raise ValueError(

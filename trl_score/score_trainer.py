@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, is_conversational
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, get_config_model_id, pad
 
 from .callbacks import CollapseAlarm, KeepBestCheckpoint, best_checkpoint
@@ -424,37 +425,62 @@ class SCoReTrainer(GRPOTrainer):
         rewards = (per_func * self.reward_weights.to(per_func.device)).nansum(-1)
         rewards[per_func.isnan().all(-1)] = torch.nan
         stage, target = self._stage_and_target()
-        credit = shaped_rewards(rewards, stage=stage, alpha=self.args.alpha, gamma=self.args.gamma, target=target)
-        if mode == "train" and self.args.num_offline:
-            # Not sampled from the policy, so neither trained nor in the baseline of those that are.
-            credit[[self._is_offline(index) for index in range(len(credit))], 0] = torch.nan
-        group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        advantages = leave_one_out_advantages(credit, group_size)  # (B of all processes, K)
         weights = kl_weights(
             stage,
             beta=self.beta,
             stage1_beta=self.args.stage1_beta,
             num_attempts=self.num_attempts,
             target=target,
-        )
-
-        # Frozen here: the stage of the rollouts is the stage they were made for, however long they are trained on.
+        ).to(rewards.device)
         attempt_ids = pad(  # (B, T)
             [torch.tensor(ids) for ids in self._attempt_ids],
             padding_value=0,
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
-        ).to(advantages.device)
+        ).to(rewards.device)
+        penalty = 0.0
+        if self.args.kl_level == "sequence" and self.beta != 0.0:
+            log_ratio = self._policy_logps(output) - output["ref_per_token_logps"]
+            log_ratio = sum_per_attempt(log_ratio, attempt_ids, self.num_attempts)  # (B, K), of trained attempts
+            penalty = self.accelerator.gather(weights * log_ratio)
+            weights = torch.zeros_like(weights)  # none in the loss
+        credit = shaped_rewards(
+            rewards, stage=stage, alpha=self.args.alpha, gamma=self.args.gamma, target=target, penalty=penalty
+        )
+        if mode == "train" and self.args.num_offline:
+            # Not sampled from the policy, so neither trained nor in the baseline of those that are.
+            credit[[self._is_offline(index) for index in range(len(credit))], 0] = torch.nan
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
+        advantages = leave_one_out_advantages(credit, group_size)  # (B of all processes, K)
+
+        # Frozen here: the stage of the rollouts is the stage they were made for, however long they are trained on.
         start = self.accelerator.process_index * len(inputs)
         output["attempt_ids"] = attempt_ids
         output["advantages"] = spread_to_tokens(advantages[start : start + len(inputs)], attempt_ids)
-        output["kl_weights"] = spread_to_tokens(weights.to(attempt_ids.device), attempt_ids)
+        output["kl_weights"] = spread_to_tokens(weights, attempt_ids)
         if "importance_sampling_ratio" in output and output["importance_sampling_ratio"].size(1) == 1:
             output["importance_sampling_ratio"] = self._importance_sampling_ratio(output)
 
         self._log_rollouts(mode, stage, rewards, correct=per_func[:, :, 0], advantages=advantages)
         self._metrics[mode]["time/batch"].append(time.perf_counter() - begin)
         return output
+
+    def _policy_logps(self, output: dict[str, Tensor]) -> Tensor:
+        """
+        Log-probabilities of the rollouts' tokens under the policy that sampled them, (B, T): TRL's, or computed here where it
+        did without.
+        """
+        if "old_per_token_logps" in output:
+            return output["old_per_token_logps"]
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, *_ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+            )
+        return logps
 
     def _importance_sampling_ratio(self, output: dict[str, Tensor]) -> Tensor:
         """TRL's sequence-level correction of vLLM's log-probabilities, per attempt instead of per row: (B, T)."""

@@ -1,0 +1,82 @@
+"""Options of the KL penalties and of the stages that are not on by default."""
+
+import pytest
+import torch
+from test_ablations import with_stored
+from test_score_trainer import move, rollouts
+
+from trl_score.objective import kl_weights, leave_one_out_advantages, shaped_rewards, sum_per_attempt
+
+
+def first_token(values, attempt_ids, attempt):
+    """The value at the first token of an attempt of each row: (B,), NaN where the attempt is not trained."""
+    is_attempt = attempt_ids == attempt
+    found = values.gather(1, is_attempt.int().argmax(1, keepdim=True))[:, 0]
+    return torch.where(is_attempt.any(1), found, torch.nan)
+
+
+# KL of whole attempts, inside the reward
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_generation": 2}], ids=["logps of ours", "logps of TRL"])
+@pytest.mark.parametrize("step", [0, 2])
+def test_sequence_kl_stands_in_the_advantages_and_not_in_the_loss(make_arithmetic_trainer, step, options):
+    trainer = make_arithmetic_trainer(kl_level="sequence", stage1_steps=2, beta=0.3, stage1_beta=0.7, **options)
+    move(trainer)
+    inputs = rollouts(trainer, step)
+    ids = inputs["attempt_ids"]
+    assert ("old_per_token_logps" in inputs) == bool(options)
+    with torch.no_grad():
+        policy, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            ids.size(1),
+        )
+    kl = sum_per_attempt(policy - inputs["ref_per_token_logps"], ids, 2)
+    assert kl.abs().max() > 0.01
+    rewards = torch.cat(trainer._attempt_rewards, dim=1)
+    stage = 1 if step == 0 else 2
+    credit = shaped_rewards(rewards, stage=stage, alpha=10.0) - kl_weights(stage, beta=0.3, stage1_beta=0.7) * kl
+    expected = leave_one_out_advantages(credit, 4)
+    for k in (1, 2):
+        torch.testing.assert_close(first_token(inputs["advantages"], ids, k), expected[:, k - 1], atol=1e-5, rtol=1e-4)
+    assert (inputs["kl_weights"] == 0).all()
+    trainer._compute_loss(trainer.model, inputs)
+    assert trainer._metrics["train"]["kl_t1"][-1] > 0
+
+
+def test_attempts_that_are_not_trained_are_left_alone_by_the_sequence_kl(make_arithmetic_trainer):
+    """A stored first attempt has no KL, neither of its own nor in the baseline of the sampled ones."""
+    trainer = make_arithmetic_trainer(
+        {"train_dataset": with_stored()}, offline_first_attempts=0.5, stage1_steps=4, beta=0.3, kl_level="sequence"
+    )
+    move(trainer)
+    inputs = rollouts(trainer)
+    ids, advantages = inputs["attempt_ids"], inputs["advantages"]
+    assert (advantages[ids == 0] == 0).all()
+    first = first_token(advantages, ids, 1).view(2, 4)
+    assert first[:, 2:].isnan().all()
+    # Stage I credits first attempts with nothing else, so those of a group of two are opposite.
+    torch.testing.assert_close(first[:, 0], -first[:, 1])
+    assert (first[:, 0] != 0).all()
+
+
+def test_truncated_attempts_have_no_sequence_kl(make_letters_trainer):
+    """With Stage I crediting a first attempt with its KL alone, a masked one counts 0 in the baseline of the others."""
+    trainer = make_letters_trainer(
+        kl_level="sequence", mask_truncated_completions=True, beta=0.3, stage1_beta=0.7, num_generations=4
+    )
+    move(trainer, scale=0.5)
+    inputs = rollouts(trainer, rows=32)
+    ids = inputs["attempt_ids"]
+    kl = sum_per_attempt(trainer._policy_logps(inputs) - inputs["ref_per_token_logps"], ids, 2)
+    masked = ~(ids == 1).any(1)
+    assert masked.any() and (kl[masked, 0] == 0).all()
+    expected = torch.where(masked, torch.nan, leave_one_out_advantages(-kl, 4)[:, 0])
+    torch.testing.assert_close(first_token(inputs["advantages"], ids, 1), expected, equal_nan=True)
+
+
+def test_sequence_kl_without_any_kl_is_nothing(make_arithmetic_trainer):
+    trainer = make_arithmetic_trainer(kl_level="sequence", beta=0.0, stage1_beta=0.0, max_steps=1)
+    trainer.train()
