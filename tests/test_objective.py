@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trl_score.objective import (
+    balanced_stage1_beta,
     kl_weights,
     leave_one_out_advantages,
     resolve_stage1_steps,
@@ -137,6 +138,23 @@ def test_stage_one_holds_the_attempts_before_its_target():
     close(kl_weights(2, beta=0.01, stage1_beta=0.1), [0.01, 0.01])
     close(kl_weights(1, beta=0.01, stage1_beta=0.1, num_attempts=3, target=2), [0.11, 0.01, 0.01])
     close(kl_weights(1, beta=0.01, stage1_beta=0.1, num_attempts=3), [0.11, 0.11, 0.01])
+
+
+def test_adaptive_beta_moves_to_the_balance_of_both_terms():
+    """
+    Balance at 0.3 / 6 = 0.05. From 0.1, at most a quarter up and back: 0.08, 0.064, 0.0512, 0.05, and there it stays. From
+    0.03: 0.0375, 0.046875, 0.05. Nothing to balance: nothing moves. Bounds of 2: 0.05 to 0.2 from 0.1.
+    """
+
+    def path(beta, steps, **values):
+        settings = {"kl": 6.0, "advantage": 0.3, "start": 0.1, "rate": 0.25} | values
+        return [beta := balanced_stage1_beta(beta, **settings) for _ in range(steps)]
+
+    assert path(0.1, 5) == pytest.approx([0.08, 0.064, 0.0512, 0.05, 0.05])
+    assert path(0.03, 4) == pytest.approx([0.0375, 0.046875, 0.05, 0.05])
+    assert path(0.1, 2, kl=0.0) == path(0.1, 2, advantage=0.0) == [0.1, 0.1]
+    assert path(0.1, 9, kl=100.0, bound=2.0)[-1] == pytest.approx(0.05)
+    assert path(0.1, 9, kl=0.001, bound=2.0)[-1] == pytest.approx(0.2)
 
 
 def test_tokens_get_their_attempts_value_and_the_others_zero():

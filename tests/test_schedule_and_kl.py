@@ -5,7 +5,13 @@ import torch
 from test_ablations import with_stored
 from test_score_trainer import move, rollouts
 
-from trl_score.objective import kl_weights, leave_one_out_advantages, shaped_rewards, sum_per_attempt
+from trl_score.objective import (
+    balanced_stage1_beta,
+    kl_weights,
+    leave_one_out_advantages,
+    shaped_rewards,
+    sum_per_attempt,
+)
 
 
 def first_token(values, attempt_ids, attempt):
@@ -80,3 +86,36 @@ def test_truncated_attempts_have_no_sequence_kl(make_letters_trainer):
 def test_sequence_kl_without_any_kl_is_nothing(make_arithmetic_trainer):
     trainer = make_arithmetic_trainer(kl_level="sequence", beta=0.0, stage1_beta=0.0, max_steps=1)
     trainer.train()
+
+
+# Adaptive beta2
+
+
+def test_adaptive_beta_is_that_of_the_batches_before_and_rests_in_stage_two(make_arithmetic_trainer):
+    trainer = make_arithmetic_trainer(adaptive_stage1_beta=True, stage1_steps=2, beta=0.01, stage1_beta=0.1)
+    move(trainer)
+    inputs = rollouts(trainer)
+    ids = inputs["attempt_ids"]
+    torch.testing.assert_close(first_token(inputs["kl_weights"], ids, 1), torch.full((8,), 0.11))
+    log_ratio = trainer._policy_logps(inputs) - inputs["ref_per_token_logps"]
+    kl = (((-log_ratio).exp() + log_ratio - 1) * (ids == 1)).sum() / 8
+    advantage = first_token(inputs["advantages"], ids, 2).abs().mean()
+    expected = balanced_stage1_beta(0.1, kl=kl.item(), advantage=advantage.item(), start=0.1)
+    assert trainer._stage1_beta == pytest.approx(expected) != 0.1
+    inputs = rollouts(trainer)
+    got = first_token(inputs["kl_weights"], inputs["attempt_ids"], 1)
+    torch.testing.assert_close(got, torch.full((8,), 0.01 + expected))
+    assert trainer._metrics["train"]["stage1_beta"] == [0.1, pytest.approx(expected)]
+    before = trainer._stage1_beta
+    rollouts(trainer, step=2)
+    trainer.evaluate()
+    assert trainer._stage1_beta == before
+
+
+@pytest.mark.parametrize("kl_level", ["token", "sequence"])
+def test_adaptive_beta_is_logged_and_moves(make_arithmetic_trainer, kl_level):
+    trainer = make_arithmetic_trainer(adaptive_stage1_beta=True, stage1_steps=3, kl_level=kl_level)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "stage" in log]
+    assert logs[0]["stage1_beta"] == 0.1 and logs[2]["stage1_beta"] != 0.1
+    assert "stage1_beta" not in logs[3]

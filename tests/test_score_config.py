@@ -39,6 +39,11 @@ BAD_CONFIGURATIONS = [
         {"multi_objective_aggregation": "normalize_then_sum"},
         "`multi_objective_aggregation='normalize_then_sum'` is not",
     ),
+    (
+        {"adaptive_stage1_beta": True, "stage1_steps": 0},
+        "nothing to adapt with `stage1_beta=0.1` and `stage1_steps=0`",
+    ),
+    ({"adaptive_stage1_beta": True, "stage1_beta": 0.0}, "nothing to adapt with `stage1_beta=0.0`"),
     ({"kl_level": "attempt"}, "Unknown `kl_level='attempt'`. Set it to 'token' (KL in the loss) or 'sequence'"),
     ({"scale_rewards": "group"}, "`scale_rewards='group'` is not supported"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not supported"),

@@ -193,6 +193,45 @@ def kl_weights(
     return weights
 
 
+def balanced_stage1_beta(
+    stage1_beta: float, *, kl: float, advantage: float, start: float, rate: float = 0.1, bound: float = 10.0
+) -> float:
+    r"""
+    $\beta_2$ for the next batch of Stage I, so that the two terms of Eq. 3 stay of one size: $\beta_2$ times the KL of the
+    held attempts, and the mean size of the trained attempt's advantage. It moves towards their ratio, by a bounded factor
+    a batch and within bounds. The paper has such an adaptive $\beta_2$ (Section 5.3) but gives no formula; this one is ours.
+
+    Args:
+        stage1_beta (`float`):
+            $\beta_2$ of this batch, reward per nat.
+        kl (`float`):
+            Mean KL of a rollout's held attempts to the reference model in this batch, nats.
+        advantage (`float`):
+            Mean absolute advantage of the attempt that Stage I trains in this batch, reward.
+        start (`float`):
+            $\beta_2$ of the first batch.
+        rate (`float`, *optional*, defaults to `0.1`):
+            $\beta_2$ grows at most by this share of itself in a batch, and shrinks by no more than undoes that.
+        bound (`float`, *optional*, defaults to `10.0`):
+            It stays between `start / bound` and `start * bound`.
+
+    Returns:
+        `float`: `stage1_beta` itself where `kl` or `advantage` is 0, as then there is nothing to balance.
+
+    Example:
+    ```python
+    >>> balanced_stage1_beta(0.1, kl=4.0, advantage=0.42, start=0.1)  # nearly there: 0.42 / 4
+    0.105
+    >>> balanced_stage1_beta(0.1, kl=4.0, advantage=0.2, start=0.25, rate=0.25)  # towards 0.05
+    0.08
+    ```
+    """
+    if kl <= 0 or advantage <= 0:
+        return stage1_beta
+    balanced = min(max(advantage / kl, stage1_beta / (1 + rate)), stage1_beta * (1 + rate))
+    return min(max(balanced, start / bound), start * bound)
+
+
 def spread_to_tokens(values: Tensor, attempt_ids: Tensor) -> Tensor:
     """
     Give every token its attempt's value.

@@ -44,6 +44,10 @@ class SCoReConfig(GRPOConfig):
         stage1_beta (`float`, *optional*, defaults to `0.1`):
             Weight of the KL penalty that Stage I adds on the attempts before the one it trains, $\beta_2$ (Eq. 3). The
             paper uses 0.25 for MBPP.
+        adaptive_stage1_beta (`bool`, *optional*, defaults to `False`):
+            Adapt $\beta_2$ after each batch of Stage I, from `stage1_beta` on, so that $\beta_2$ times the KL of the held
+            attempts is about as large as the trained attempt's mean absolute advantage (Section 5.3; the formula is ours:
+            [`~trl_score.objective.balanced_stage1_beta`]).
         kl_level (`str`, *optional*, defaults to `"token"`):
             Where the KL penalties stand. `"token"`: in the loss, for each token the KL of the next-token distributions.
             `"sequence"`: in the reward, before the baseline, for each attempt its log-ratio to the reference (Eq. 2 to the
@@ -157,6 +161,13 @@ class SCoReConfig(GRPOConfig):
             "help": "Weight of the KL penalty that Stage I adds on the attempts before the one it trains (beta2, Eq. 3)."
         },
     )
+    adaptive_stage1_beta: bool = field(
+        default=False,
+        metadata={
+            "help": "Adapt beta2 after each batch of Stage I, from `stage1_beta` on, to balance the KL of the held attempts and "
+            "the policy objective of the trained one (Section 5.3)."
+        },
+    )
     kl_level: str = field(
         default="token",
         metadata={
@@ -239,6 +250,11 @@ class SCoReConfig(GRPOConfig):
             raise ValueError(
                 "`stage=1` penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
                 "none. Set `beta` above 0; the paper uses 0.01. To train without any KL set `stage1_beta=0` too."
+            )
+        if self.adaptive_stage1_beta and (self.stage1_beta == 0 or self.stage1_steps == 0):
+            raise ValueError(
+                f"`adaptive_stage1_beta` has nothing to adapt with `stage1_beta={self.stage1_beta}` and "
+                f"`stage1_steps={self.stage1_steps}`. Set both above 0; the paper starts from 0.1."
             )
         if self.kl_level not in ("token", "sequence"):
             raise ValueError(

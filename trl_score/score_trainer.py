@@ -1,5 +1,6 @@
 """`SCoReTrainer`: rollout, reward and objective in TRL's `GRPOTrainer`. The only file that knows TRL's internals."""
 
+import json
 import os
 import random
 import textwrap
@@ -33,6 +34,7 @@ from .grading import graded
 from .metrics import attempt_changes, self_correction_values
 from .model_card import write_model_card
 from .objective import (
+    balanced_stage1_beta,
     kl_weights,
     leave_one_out_advantages,
     resolve_stage1_steps,
@@ -47,6 +49,7 @@ from .score_config import SCoReConfig
 
 logger = get_logger(__name__)
 
+STAGE1_BETA_FILE = "stage1_beta.json"  # in a checkpoint
 ROWS_CHECKED = 10_000  # prompts tokenized at construction to check the context length
 
 
@@ -176,6 +179,7 @@ class SCoReTrainer(GRPOTrainer):
         self._completions: list[list] = []  # per attempt, what the reward functions see
         self._attempt_rewards: list[Tensor] = []  # per attempt, of all processes: (B, number of reward functions)
         self._attempt: int | None = None
+        self._stage1_beta = args.stage1_beta  # of the next batch
         self._check_context()
         # First, so that trackers and progress bars see what the alarm adds to a log.
         if args.collapse_window and args.num_attempts > 1:
@@ -428,7 +432,7 @@ class SCoReTrainer(GRPOTrainer):
         weights = kl_weights(
             stage,
             beta=self.beta,
-            stage1_beta=self.args.stage1_beta,
+            stage1_beta=self._stage1_beta,
             num_attempts=self.num_attempts,
             target=target,
         ).to(rewards.device)
@@ -438,11 +442,14 @@ class SCoReTrainer(GRPOTrainer):
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
         ).to(rewards.device)
+        adapt = self.args.adaptive_stage1_beta and mode == "train" and stage == 1
+        in_reward = self.args.kl_level == "sequence" and self.beta != 0.0
+        if adapt or in_reward:
+            log_ratio = self._policy_logps(output) - output["ref_per_token_logps"]  # (B, T)
         penalty = 0.0
-        if self.args.kl_level == "sequence" and self.beta != 0.0:
-            log_ratio = self._policy_logps(output) - output["ref_per_token_logps"]
-            log_ratio = sum_per_attempt(log_ratio, attempt_ids, self.num_attempts)  # (B, K), of trained attempts
-            penalty = self.accelerator.gather(weights * log_ratio)
+        if in_reward:
+            sequence_log_ratio = sum_per_attempt(log_ratio, attempt_ids, self.num_attempts)  # (B, K), if trained
+            penalty = self.accelerator.gather(weights * sequence_log_ratio)
             weights = torch.zeros_like(weights)  # none in the loss
         credit = shaped_rewards(
             rewards, stage=stage, alpha=self.args.alpha, gamma=self.args.gamma, target=target, penalty=penalty
@@ -452,6 +459,8 @@ class SCoReTrainer(GRPOTrainer):
             credit[[self._is_offline(index) for index in range(len(credit))], 0] = torch.nan
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         advantages = leave_one_out_advantages(credit, group_size)  # (B of all processes, K)
+        if adapt:
+            self._adapt_stage1_beta(log_ratio, attempt_ids, advantages, target)
 
         # Frozen here: the stage of the rollouts is the stage they were made for, however long they are trained on.
         start = self.accelerator.process_index * len(inputs)
@@ -464,6 +473,18 @@ class SCoReTrainer(GRPOTrainer):
         self._log_rollouts(mode, stage, rewards, correct=per_func[:, :, 0], advantages=advantages)
         self._metrics[mode]["time/batch"].append(time.perf_counter() - begin)
         return output
+
+    def _adapt_stage1_beta(self, log_ratio: Tensor, attempt_ids: Tensor, advantages: Tensor, target: int):
+        """Only for the batches to come, so that no batch is weighted by what it was sampled to be."""
+        token_kl = (-log_ratio).exp() + log_ratio - 1  # as TRL estimates it; not negative
+        held_kl = sum_per_attempt(token_kl, attempt_ids, self.num_attempts)[:, : target - 1].sum(1)  # (B,)
+        self._metrics["train"]["stage1_beta"].append(self._stage1_beta)
+        self._stage1_beta = balanced_stage1_beta(
+            self._stage1_beta,
+            kl=self.accelerator.gather(held_kl).mean().item(),
+            advantage=advantages[:, target - 1].abs().mean().item(),
+            start=self.args.stage1_beta,
+        )
 
     def _policy_logps(self, output: dict[str, Tensor]) -> Tensor:
         """
@@ -562,6 +583,9 @@ class SCoReTrainer(GRPOTrainer):
         # Between two generations the updates still to come need the rollouts they belong to.
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             torch.save(self._buffered_inputs, self._rollouts_file(self._get_output_dir(trial), self.state.global_step))
+        if self.args.adaptive_stage1_beta and self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / STAGE1_BETA_FILE).write_text(json.dumps(self._stage1_beta))
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
@@ -571,6 +595,9 @@ class SCoReTrainer(GRPOTrainer):
         path = self._rollouts_file(Path(checkpoint).parent, self.state.global_step)
         if path.exists():
             self._buffered_inputs = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        path = Path(checkpoint, STAGE1_BETA_FILE)
+        if self.args.adaptive_stage1_beta and path.exists():
+            self._stage1_beta = json.loads(path.read_text())
 
     def _rollouts_file(self, folder: "str | os.PathLike", step: int) -> Path:
         return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / f"rollouts_{self.accelerator.process_index}.pt"
