@@ -123,6 +123,7 @@ def expected_advantages(rewards, probabilities, num_generations, penalty=None, *
 CASES = [
     *({"stage": 1, "target": 2, "gamma": gamma, "alpha": 10.0} for gamma in (0, 1)),
     *({"stage": 2, "target": 2, "gamma": gamma, "alpha": alpha} for gamma in (0, 1) for alpha in (0.0, 2.0, 10.0)),
+    {"stage": 2, "kl_stage": 1, "target": None, "gamma": 0, "alpha": 10.0},  # `stage_schedule="joint"`
 ]
 KL = [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)]
 
@@ -141,7 +142,7 @@ def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, nu
     for case, (beta, stage1_beta) in itertools.product(cases, KL):
         stage, target, gamma, alpha = case["stage"], case["target"], case["gamma"], case["alpha"]
         weights = kl_weights(
-            stage, beta=beta, stage1_beta=stage1_beta, num_attempts=num_attempts, target=target
+            case.get("kl_stage", stage), beta=beta, stage1_beta=stage1_beta, num_attempts=num_attempts, target=target
         ).double()
         penalty = None
         if kl_level == "sequence":

@@ -32,6 +32,25 @@ def test_stage_one_takes_the_attempts_in_turn():
     assert [stage_at(step, 5, num_attempts=4) for step in range(6)] == [(1, 2), (1, 2), (1, 3), (1, 3), (1, 4), (2, 4)]
 
 
+def test_each_cycle_has_its_share_of_stage_one_first():
+    """Nine steps in three cycles of three; six steps of Stage I are two in each, one for each of the attempts 2 and 3."""
+    assert [stage_at(step, 6, cycles=3, max_steps=9)[0] for step in range(10)] == [1, 1, 2] * 3 + [2]
+    turns = [stage_at(step, 6, 3, cycles=3, max_steps=9) for step in range(9)]
+    assert turns == [(1, 2), (1, 3), (2, 3)] * 3
+    # Ten steps in four cycles of two and a half, half of them Stage I: from 0, 2.5, 5 and 7.5, for 1.25 steps.
+    assert [stage_at(step, 5, cycles=4, max_steps=10)[0] for step in range(10)] == [1, 1, 2, 1, 2, 1, 1, 2, 1, 2]
+
+
+def test_half_as_many_cycles_as_steps_alternate():
+    assert [stage_at(step, 5, cycles=5, max_steps=10)[0] for step in range(10)] == [1, 2] * 5
+
+
+@pytest.mark.parametrize("stage1_steps", [0, 3, 7, 12])
+def test_one_cycle_is_the_run(stage1_steps):
+    for step in range(9):
+        assert stage_at(step, stage1_steps, 3, cycles=1, max_steps=8) == stage_at(step, stage1_steps, 3)
+
+
 def test_stage1_steps_below_one_are_a_share():
     assert resolve_stage1_steps(0.5, 3000) == 1500
     assert resolve_stage1_steps(0, 3000) == 0

@@ -1,10 +1,13 @@
 """Options of the KL penalties and of the stages that are not on by default."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_ablations import with_stored
 from test_score_trainer import move, rollouts
 
+from trl_score import SCoReConfig
 from trl_score.objective import (
     balanced_stage1_beta,
     kl_weights,
@@ -119,3 +122,34 @@ def test_adaptive_beta_is_logged_and_moves(make_arithmetic_trainer, kl_level):
     logs = [log for log in trainer.state.log_history if "stage" in log]
     assert logs[0]["stage1_beta"] == 0.1 and logs[2]["stage1_beta"] != 0.1
     assert "stage1_beta" not in logs[3]
+
+
+# Cycles, and both stages at once
+
+
+def test_cycles_of_both_stages(make_arithmetic_trainer):
+    trainer = make_arithmetic_trainer(stage1_cycles=2, max_steps=4)
+    trainer.train()
+    assert [log["stage"] for log in trainer.state.log_history if "stage" in log] == [1, 2, 1, 2]
+    trainer.create_model_card()
+    assert "| other options | stage1_cycles=2 |" in Path(trainer.args.output_dir, "README.md").read_text()
+
+
+def test_joint_stage_has_the_bonus_and_the_strict_kl(make_arithmetic_trainer):
+    trainer = make_arithmetic_trainer(stage_schedule="joint", num_attempts=3, max_steps=2, adaptive_stage1_beta=True)
+    inputs = rollouts(trainer)
+    rewards = torch.cat(trainer._attempt_rewards, dim=1)
+    advantages = leave_one_out_advantages(shaped_rewards(rewards, stage=2, alpha=10.0), 4)
+    for k, weight in ((1, 0.11), (2, 0.11), (3, 0.01)):
+        ids = inputs["attempt_ids"]
+        torch.testing.assert_close(first_token(inputs["advantages"], ids, k), advantages[:, k - 1])
+        torch.testing.assert_close(first_token(inputs["kl_weights"], ids, k), torch.full((8,), weight))
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "stage" in log]
+    assert [log["stage"] for log in logs] == [2, 2] and all("stage1_beta" in log for log in logs)
+
+
+def test_joint_configuration_can_be_read_again(tmp_path):
+    config = SCoReConfig(str(tmp_path), bf16=False, stage_schedule="joint")
+    assert config.stage1_steps == 0
+    SCoReConfig(str(tmp_path), bf16=False, stage_schedule="joint", stage1_steps=config.stage1_steps)

@@ -44,6 +44,19 @@ BAD_CONFIGURATIONS = [
         "nothing to adapt with `stage1_beta=0.1` and `stage1_steps=0`",
     ),
     ({"adaptive_stage1_beta": True, "stage1_beta": 0.0}, "nothing to adapt with `stage1_beta=0.0`"),
+    ({"stage_schedule": "both"}, "Unknown `stage_schedule='both'`. Set it to 'sequential' or 'joint'"),
+    (
+        {"stage_schedule": "joint", "stage1_steps": 0.3},
+        "has no Stage I of its own, so `stage1_steps=0.3` means nothing",
+    ),
+    ({"stage_schedule": "joint", "stage1_steps": 0, "num_attempts": 1}, "but `num_attempts=1` has none"),
+    ({"stage_schedule": "joint", "beta": 0.0}, "`beta=0.0` makes TRL load none"),
+    ({"stage1_cycles": 0, "max_steps": 8}, "`stage1_cycles=0` divides the run's steps, `max_steps=8`"),
+    ({"stage1_cycles": 2}, "`stage1_cycles=2` divides the run's steps, `max_steps=-1`"),
+    ({"stage1_cycles": 5, "max_steps": 8}, "leaves 0.8 optimizer steps to the shortest stage of a cycle"),
+    ({"stage1_cycles": 3, "max_steps": 8, "num_attempts": 3}, "leaves 0.667 optimizer steps"),
+    ({"stage1_cycles": 2, "max_steps": 8, "stage1_steps": 8}, "leaves 0 optimizer steps"),
+    ({"stage1_cycles": 4, "max_steps": 8, "num_iterations": 2}, "but rollouts are made for 2 at a time"),
     ({"kl_level": "attempt"}, "Unknown `kl_level='attempt'`. Set it to 'token' (KL in the loss) or 'sequence'"),
     ({"scale_rewards": "group"}, "`scale_rewards='group'` is not supported"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not supported"),
@@ -53,7 +66,7 @@ BAD_CONFIGURATIONS = [
 @pytest.mark.parametrize(("setting", "message"), BAD_CONFIGURATIONS, ids=lambda value: str(value)[:40])
 def test_bad_settings_are_refused(tmp_path, setting, message):
     with pytest.raises(ValueError) as error:
-        SCoReConfig(str(tmp_path), **setting)
+        SCoReConfig(str(tmp_path), bf16=False, **setting)
     assert message in str(error.value)
 
 

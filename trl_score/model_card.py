@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .score_trainer import SCoReTrainer
 
 FIGURE = "images/training.png"
+OPTIONS = ("stage_schedule", "stage1_cycles", "adaptive_stage1_beta", "kl_level")  # shown where not the default
 
 
 def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str, tuple[float, float, float]]:
@@ -96,6 +97,11 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     num_problems = len(trainer.eval_dataset) if hasattr(trainer.eval_dataset, "__len__") else None
     section = template.render(
         config=config,
+        options=", ".join(
+            f"{name}={getattr(config, name)}"
+            for name in OPTIONS
+            if getattr(config, name) != getattr(type(config), name)
+        ),
         chat=chat,
         task=trainer.task,
         eval_task=trainer.eval_task,

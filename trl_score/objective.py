@@ -34,10 +34,14 @@ def resolve_stage1_steps(stage1_steps: float, max_steps: int) -> int:
     return round(stage1_steps * max_steps) if stage1_steps < 1 else int(stage1_steps)
 
 
-def stage_at(step: int, stage1_steps: int, num_attempts: int = 2) -> tuple[int, int]:
+def stage_at(
+    step: int, stage1_steps: int, num_attempts: int = 2, *, cycles: int = 1, max_steps: int | None = None
+) -> tuple[int, int]:
     """
     The stage of an optimizer step, and the attempt that Stage I trains. Stage I takes the attempts 2 .. N in turn, in
-    equal shares of its steps (Appendix A.1; for two attempts there is one turn).
+    equal shares of its steps (Appendix A.1; for two attempts there is one turn). With several cycles the run is divided into
+    as many equal parts, and each begins with its share of Stage I; with `max_steps / 2` of them, Stage I having half of the
+    steps, the two objectives alternate.
 
     Args:
         step (`int`):
@@ -46,6 +50,10 @@ def stage_at(step: int, stage1_steps: int, num_attempts: int = 2) -> tuple[int, 
             Steps of Stage I.
         num_attempts (`int`, *optional*, defaults to `2`):
             Attempts in a rollout.
+        cycles (`int`, *optional*, defaults to `1`):
+            Cycles of Stage I and Stage II.
+        max_steps (`int`, *optional*):
+            Optimizer steps of the whole run; needed for more than one cycle.
 
     Returns:
         `tuple[int, int]`: stage (1 or 2) and target attempt (2 .. N; N in Stage II).
@@ -54,8 +62,14 @@ def stage_at(step: int, stage1_steps: int, num_attempts: int = 2) -> tuple[int, 
     ```python
     >>> [stage_at(step, stage1_steps=4, num_attempts=3) for step in (0, 1, 2, 3, 4)]
     [(1, 2), (1, 2), (1, 3), (1, 3), (2, 3)]
+    >>> [stage_at(step, stage1_steps=4, cycles=2, max_steps=8)[0] for step in range(8)]
+    [1, 1, 2, 2, 1, 1, 2, 2]
+    >>> [stage_at(step, stage1_steps=4, cycles=4, max_steps=8)[0] for step in range(8)]
+    [1, 2, 1, 2, 1, 2, 1, 2]
     ```
     """
+    if cycles > 1:  # in units of 1 / cycles of a step a cycle is as long as the run, and so is its Stage I
+        step = step * cycles - min(step * cycles // max_steps, cycles - 1) * max_steps
     if step >= stage1_steps:
         return 2, num_attempts
     return 1, 2 + step * (num_attempts - 1) // stage1_steps

@@ -113,7 +113,8 @@ def training_figure(history: list[dict]) -> Figure:
     figure = Figure(figsize=(9, 5.4))
     steps = [log["step"] for log in history]
     last_of_stage1 = max((log["step"] for log in history if log["stage"] == 1), default=None)
-    two_stages = last_of_stage1 is not None and last_of_stage1 < steps[-1]
+    first_of_stage2 = min((log["step"] for log in history if log["stage"] == 2), default=steps[-1])
+    two_stages = last_of_stage1 is not None and last_of_stage1 < first_of_stage2  # and not several cycles of them
     for axes, (title, lines) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
         for color, (key, name) in zip(COLORS, lines, strict=False):
             values = [np.nan if log.get(key) is None else log[key] for log in history]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from .objective import resolve_stage1_steps
 from .tasks.math import CORRECTION_INSTRUCTION
 
 
@@ -34,6 +35,13 @@ class SCoReConfig(GRPOConfig):
         stage1_steps (`float`, *optional*, defaults to `0.5`):
             Optimizer steps of Stage I, or their share of `max_steps` if below 1. 0: Stage II only; `max_steps` or more:
             Stage I only. With more than two attempts Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
+        stage1_cycles (`int`, *optional*, defaults to `1`):
+            Cycles of Stage I and Stage II: the run is divided into as many equal parts, and each begins with its share of
+            Stage I (an earlier version of the paper). `max_steps / 2`: every other step is Stage I's. Needs `max_steps`.
+        stage_schedule (`str`, *optional*, defaults to `"sequential"`):
+            `"sequential"`: Stage I, then Stage II. `"joint"`: all steps have Stage II's shaped rewards and Stage I's KL
+            weights, $\beta_1 + \beta_2$ on all attempts but the last (a single stage is future work in the paper).
+            `stage1_steps` is 0 then.
         alpha (`float`, *optional*, defaults to `10.0`):
             Weight of the bonus for improving on the attempt before, in Stage II (Section 5.2). 0: no bonus.
         gamma (`float`, *optional*, defaults to `0.0`):
@@ -144,6 +152,20 @@ class SCoReConfig(GRPOConfig):
             "or more: Stage I only."
         },
     )
+    stage1_cycles: int = field(
+        default=1,
+        metadata={
+            "help": "Cycles of Stage I and Stage II: the run is divided into as many equal parts, and each begins with its "
+            "share of Stage I. Needs `max_steps`."
+        },
+    )
+    stage_schedule: str = field(
+        default="sequential",
+        metadata={
+            "help": "'sequential' (default): Stage I, then Stage II. 'joint': all steps have Stage II's shaped rewards and "
+            "Stage I's KL weights."
+        },
+    )
     alpha: float = field(
         default=10.0,
         metadata={"help": "Weight of the bonus for improving on the attempt before, in Stage II (Section 5.2)."},
@@ -236,6 +258,21 @@ class SCoReConfig(GRPOConfig):
                 f"`stage1_steps={self.stage1_steps}` is neither a number of steps nor a share of them. Set a share below "
                 "1, a whole number of steps, or 0 for Stage II only."
             )
+        if self.stage_schedule not in ("sequential", "joint"):
+            raise ValueError(f"Unknown `stage_schedule={self.stage_schedule!r}`. Set it to 'sequential' or 'joint'.")
+        joint = self.stage_schedule == "joint"
+        if joint and self.num_attempts == 1:
+            raise ValueError(
+                "`stage_schedule='joint'` holds the attempts before the last to the reference model, but `num_attempts=1` has "
+                "none. Set it to 'sequential'."
+            )
+        if joint and self.stage1_steps not in (0, SCoReConfig.stage1_steps):
+            raise ValueError(
+                f"`stage_schedule='joint'` has no Stage I of its own, so `stage1_steps={self.stage1_steps}` means nothing. "
+                "Leave it out."
+            )
+        if joint:
+            self.stage1_steps = 0
         if self.alpha < 0:
             raise ValueError(
                 f"`alpha={self.alpha}` would reward turning right attempts into wrong ones. Set it to 0 (no bonus) or "
@@ -246,12 +283,12 @@ class SCoReConfig(GRPOConfig):
         for name in ("beta", "stage1_beta", "eval_temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` is negative. Set it to 0 or above.")
-        if self.beta == 0 and self.stage1_beta > 0 and self.stage1_steps > 0:
+        if self.beta == 0 and self.stage1_beta > 0 and (self.stage1_steps > 0 or joint):
             raise ValueError(
                 "`stage=1` penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
                 "none. Set `beta` above 0; the paper uses 0.01. To train without any KL set `stage1_beta=0` too."
             )
-        if self.adaptive_stage1_beta and (self.stage1_beta == 0 or self.stage1_steps == 0):
+        if self.adaptive_stage1_beta and (self.stage1_beta == 0 or (self.stage1_steps == 0 and not joint)):
             raise ValueError(
                 f"`adaptive_stage1_beta` has nothing to adapt with `stage1_beta={self.stage1_beta}` and "
                 f"`stage1_steps={self.stage1_steps}`. Set both above 0; the paper starts from 0.1."
@@ -290,12 +327,31 @@ class SCoReConfig(GRPOConfig):
             )
         if self.num_generations_eval is None:
             self.num_generations_eval = 1
+        if self.stage1_cycles != 1:
+            self._check_cycles()
         self._warn_of_mismatch()
 
     @property
     def num_offline(self) -> int:
         """Rollouts of each problem that have a stored first attempt."""
         return round(self.offline_first_attempts * self.num_generations)
+
+    def _check_cycles(self):
+        if self.stage1_cycles < 1 or self.max_steps <= 0:
+            raise ValueError(
+                f"`stage1_cycles={self.stage1_cycles}` divides the run's steps, `max_steps={self.max_steps}`. Set it to 1 or "
+                "more, and `max_steps` too."
+            )
+        stage1_steps = resolve_stage1_steps(self.stage1_steps, self.max_steps)
+        turns = max(self.num_attempts - 1, 1)  # of Stage I, one for each attempt that it trains
+        shortest = min(stage1_steps / turns, self.max_steps - stage1_steps) / self.stage1_cycles
+        window = max(1.0, self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps)
+        if shortest < window:
+            raise ValueError(
+                f"`stage1_cycles={self.stage1_cycles}` leaves {max(shortest, 0):.3g} optimizer steps to the shortest stage of a "
+                f"cycle (`max_steps={self.max_steps}`, `stage1_steps={self.stage1_steps}`), but rollouts are made for "
+                f"{window:.3g} at a time, so some cycles would be without it. Set fewer cycles."
+            )
 
     def _refuse_unsupported(self):
         unsupported = {

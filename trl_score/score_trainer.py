@@ -231,7 +231,13 @@ class SCoReTrainer(GRPOTrainer):
     def _stage_and_target(self) -> tuple[int, int]:
         max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
         stage1_steps = resolve_stage1_steps(self.args.stage1_steps, max_steps)
-        return stage_at(self.state.global_step, stage1_steps, self.args.num_attempts)
+        return stage_at(
+            self.state.global_step,
+            stage1_steps,
+            self.args.num_attempts,
+            cycles=self.args.stage1_cycles,
+            max_steps=max_steps,
+        )
 
     # Rollout
 
@@ -429,8 +435,9 @@ class SCoReTrainer(GRPOTrainer):
         rewards = (per_func * self.reward_weights.to(per_func.device)).nansum(-1)
         rewards[per_func.isnan().all(-1)] = torch.nan
         stage, target = self._stage_and_target()
+        kl_stage = 1 if self.args.stage_schedule == "joint" else stage
         weights = kl_weights(
-            stage,
+            kl_stage,
             beta=self.beta,
             stage1_beta=self._stage1_beta,
             num_attempts=self.num_attempts,
@@ -442,7 +449,7 @@ class SCoReTrainer(GRPOTrainer):
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
         ).to(rewards.device)
-        adapt = self.args.adaptive_stage1_beta and mode == "train" and stage == 1
+        adapt = self.args.adaptive_stage1_beta and mode == "train" and kl_stage == 1
         in_reward = self.args.kl_level == "sequence" and self.beta != 0.0
         if adapt or in_reward:
             log_ratio = self._policy_logps(output) - output["ref_per_token_logps"]  # (B, T)
