@@ -7,6 +7,7 @@ from trl_score.objective import (
     balanced_stage1_beta,
     kl_weights,
     leave_one_out_advantages,
+    mixed_reference,
     resolve_stage1_steps,
     shaped_rewards,
     spread_to_tokens,
@@ -174,6 +175,20 @@ def test_adaptive_beta_moves_to_the_balance_of_both_terms():
     assert path(0.1, 2, kl=0.0) == path(0.1, 2, advantage=0.0) == [0.1, 0.1]
     assert path(0.1, 9, kl=100.0, bound=2.0)[-1] == pytest.approx(0.05)
     assert path(0.1, 9, kl=0.001, bound=2.0)[-1] == pytest.approx(0.2)
+
+
+def test_mixed_reference_has_the_gradient_of_both_penalties():
+    """By hand: (0.1 * -1 + 0.3 * -5) / 0.4 = -4. Then the gradient over a whole distribution of four tokens."""
+    weight, other_weight = torch.tensor(0.1), torch.tensor(0.3)
+    close(mixed_reference(torch.tensor([[-1.0]]), torch.tensor([[-5.0]]), weight, other_weight), [[-4.0]])
+    close(mixed_reference(torch.tensor([[-1.0]]), torch.tensor([[-5.0]]), weight * 0, weight * 0), [[-1.0]])
+    torch.manual_seed(0)
+    logits = torch.randn(4, requires_grad=True)
+    policy, reference, other = logits.log_softmax(0), torch.randn(4).log_softmax(0), torch.randn(4).log_softmax(0)
+    both = (policy.exp() * (0.1 * (policy - reference) + 0.3 * (policy - other))).sum()
+    one = 0.4 * (policy.exp() * (policy - mixed_reference(reference, other, weight, other_weight))).sum()
+    expected, got = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (both, one))
+    torch.testing.assert_close(got, expected)
 
 
 def test_tokens_get_their_attempts_value_and_the_others_zero():

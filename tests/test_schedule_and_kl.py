@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from test_ablations import with_stored
-from test_score_trainer import move, rollouts
+from test_score_trainer import LORA, base_log_probs, move, per_token_gradient, rollouts
 
 from trl_score import SCoReConfig
 from trl_score.objective import (
@@ -15,6 +16,7 @@ from trl_score.objective import (
     shaped_rewards,
     sum_per_attempt,
 )
+from trl_score.snapshot import Snapshot
 
 
 def first_token(values, attempt_ids, attempt):
@@ -153,3 +155,62 @@ def test_joint_configuration_can_be_read_again(tmp_path):
     config = SCoReConfig(str(tmp_path), bf16=False, stage_schedule="joint")
     assert config.stage1_steps == 0
     SCoReConfig(str(tmp_path), bf16=False, stage_schedule="joint", stage1_steps=config.stage1_steps)
+
+
+# Stage I(b)'s reference
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_second_sub_stage_holds_to_the_model_that_the_first_produced(make_arithmetic_trainer, peft):
+    """
+    The gradient at a held token is beta1 (log pi - log pi_base) + beta2 (log pi - log pi_a); at a token of attempt 3, beta1's
+    and the advantage alone.
+    """
+    trainer = make_arithmetic_trainer(
+        {"peft_config": LoraConfig(**LORA)} if peft else {},
+        num_attempts=3,
+        stage1_steps=4,
+        stage1_reference="previous",
+        beta=0.2,
+        stage1_beta=0.6,
+    )
+
+    def shift():
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn_like(parameter)
+
+    rollouts(trainer, step=1)
+    assert trainer._previous is None  # Stage I(a)
+    shift()
+    rollouts(trainer, step=2)
+    assert trainer._previous.target == 3
+    produced = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    shift()
+    inputs = rollouts(trainer, step=3)
+    gradient, policy = per_token_gradient(trainer, inputs)
+    ids = inputs["attempt_ids"]
+    base = base_log_probs(trainer, inputs)
+    trainer.model.load_state_dict(produced)
+    _, former = per_token_gradient(trainer, inputs)
+    assert (policy - former).abs()[ids > 0].max() > 0.01 and (base - former).abs()[ids > 0].max() > 0.01
+    held = (ids == 1) | (ids == 2)
+    expected = 0.2 * (policy - base) + 0.6 * (policy - former) * held - inputs["advantages"]
+    torch.testing.assert_close(gradient[ids > 0] * len(ids) * 8, expected[ids > 0], atol=2e-5, rtol=1e-3)
+    rollouts(trainer, step=4)
+    assert trainer._previous is None  # Stage II
+
+
+def test_snapshot_gives_the_weights_back(make_arithmetic_trainer):
+    model = make_arithmetic_trainer().model
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    snapshot = Snapshot.of(model, target=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0
+    with pytest.raises(KeyError), snapshot.in_place_of_the_weights(model):
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        raise KeyError
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name] + 1.0) and parameter.requires_grad

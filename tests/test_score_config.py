@@ -57,6 +57,12 @@ BAD_CONFIGURATIONS = [
     ({"stage1_cycles": 3, "max_steps": 8, "num_attempts": 3}, "leaves 0.667 optimizer steps"),
     ({"stage1_cycles": 2, "max_steps": 8, "stage1_steps": 8}, "leaves 0 optimizer steps"),
     ({"stage1_cycles": 4, "max_steps": 8, "num_iterations": 2}, "but rollouts are made for 2 at a time"),
+    ({"stage1_reference": "first"}, "Unknown `stage1_reference='first'`. Set it to 'base' or 'previous'"),
+    ({"stage1_reference": "previous"}, "when it trains a third one, but `num_attempts=2`"),
+    (
+        {"stage1_reference": "previous", "num_attempts": 3, "use_bias_correction_kl": False},
+        "`use_bias_correction_kl=False` makes the penalty the forward KL",
+    ),
     ({"kl_level": "attempt"}, "Unknown `kl_level='attempt'`. Set it to 'token' (KL in the loss) or 'sequence'"),
     ({"scale_rewards": "group"}, "`scale_rewards='group'` is not supported"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not supported"),

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .score_trainer import SCoReTrainer
 
 FIGURE = "images/training.png"
-OPTIONS = ("stage_schedule", "stage1_cycles", "adaptive_stage1_beta", "kl_level")  # shown where not the default
+OPTIONS = (  # shown where not the default
+    *("stage_schedule", "stage1_cycles", "adaptive_stage1_beta", "stage1_reference", "kl_level"),
+)
 
 
 def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str, tuple[float, float, float]]:

@@ -207,6 +207,35 @@ def kl_weights(
     return weights
 
 
+def mixed_reference(reference: Tensor, other: Tensor, weights: Tensor, other_weights: Tensor) -> Tensor:
+    r"""
+    One reference in place of two: the weighted mean of their log-probabilities. With weights $w$ and $v$
+
+    $$w \, \mathrm{KL}(\pi \| p) + v \, \mathrm{KL}(\pi \| q) = (w + v) \, \mathrm{KL}(\pi \| p^{w / (w + v)} q^{v / (w + v)}) +
+    \text{constant}$$
+
+    so the gradients are the same (the mixture needs no normalization: that is part of the constant).
+
+    Args:
+        reference, other (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token under the two references.
+        weights, other_weights (`torch.Tensor` of shape `(B, T)`):
+            Weights of their KL penalties, not negative.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: the reference of the penalty with the weight `weights + other_weights`; `reference`
+        where that is 0.
+
+    Example:
+    ```python
+    >>> mixed_reference(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-3.0, -3.0]]), torch.tensor(0.5), torch.tensor([[1.5, 0.0]]))
+    tensor([[-2.5000, -1.0000]])
+    ```
+    """
+    total = weights + other_weights
+    return torch.where(total > 0, (weights * reference + other_weights * other) / total, reference)
+
+
 def balanced_stage1_beta(
     stage1_beta: float, *, kl: float, advantage: float, start: float, rate: float = 0.1, bound: float = 10.0
 ) -> float:

@@ -56,6 +56,10 @@ class SCoReConfig(GRPOConfig):
             Adapt $\beta_2$ after each batch of Stage I, from `stage1_beta` on, so that $\beta_2$ times the KL of the held
             attempts is about as large as the trained attempt's mean absolute advantage (Section 5.3; the formula is ours:
             [`~trl_score.objective.balanced_stage1_beta`]).
+        stage1_reference (`str`, *optional*, defaults to `"base"`):
+            With three attempts or more, what $\beta_2$ holds the attempts to when Stage I trains the third one, the fourth ..
+            `"base"`: the reference model. `"previous"`: the model as it was when Stage I went on to that attempt (Stage I(b)
+            of Appendix A.1). $\beta_1$ is to the reference model in any case.
         kl_level (`str`, *optional*, defaults to `"token"`):
             Where the KL penalties stand. `"token"`: in the loss, for each token the KL of the next-token distributions.
             `"sequence"`: in the reward, before the baseline, for each attempt its log-ratio to the reference (Eq. 2 to the
@@ -190,6 +194,13 @@ class SCoReConfig(GRPOConfig):
             "the policy objective of the trained one (Section 5.3)."
         },
     )
+    stage1_reference: str = field(
+        default="base",
+        metadata={
+            "help": "What beta2 holds the attempts to when Stage I trains the third one and later ones: 'base' (default), the "
+            "reference model; 'previous', the model that Stage I had produced by then (Appendix A.1)."
+        },
+    )
     kl_level: str = field(
         default="token",
         metadata={
@@ -293,6 +304,10 @@ class SCoReConfig(GRPOConfig):
                 f"`adaptive_stage1_beta` has nothing to adapt with `stage1_beta={self.stage1_beta}` and "
                 f"`stage1_steps={self.stage1_steps}`. Set both above 0; the paper starts from 0.1."
             )
+        if self.stage1_reference not in ("base", "previous"):
+            raise ValueError(f"Unknown `stage1_reference={self.stage1_reference!r}`. Set it to 'base' or 'previous'.")
+        if self.stage1_reference == "previous":
+            self._check_previous()
         if self.kl_level not in ("token", "sequence"):
             raise ValueError(
                 f"Unknown `kl_level={self.kl_level!r}`. Set it to 'token' (KL in the loss) or 'sequence' (KL in the reward)."
@@ -335,6 +350,19 @@ class SCoReConfig(GRPOConfig):
     def num_offline(self) -> int:
         """Rollouts of each problem that have a stored first attempt."""
         return round(self.offline_first_attempts * self.num_generations)
+
+    def _check_previous(self):
+        if self.num_attempts < 3 or self.stage1_steps == 0 or self.stage1_beta == 0:
+            raise ValueError(
+                "`stage1_reference='previous'` is for the attempts that Stage I holds when it trains a third one, but "
+                f"`num_attempts={self.num_attempts}`, `stage1_steps={self.stage1_steps}` and `stage1_beta={self.stage1_beta}` "
+                "leave none. Set it to 'base', or these to 3 or more, above 0 and above 0."
+            )
+        if self.kl_level == "token" and not self.use_bias_correction_kl:
+            raise ValueError(
+                "`use_bias_correction_kl=False` makes the penalty the forward KL, in which two references do not combine to "
+                "one. Set it to True for `stage1_reference='previous'`."
+            )
 
     def _check_cycles(self):
         if self.stage1_cycles < 1 or self.max_steps <= 0:

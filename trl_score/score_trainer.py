@@ -37,6 +37,7 @@ from .objective import (
     balanced_stage1_beta,
     kl_weights,
     leave_one_out_advantages,
+    mixed_reference,
     resolve_stage1_steps,
     shaped_rewards,
     spread_to_tokens,
@@ -45,11 +46,12 @@ from .objective import (
 )
 from .rollout import Bridge, Rollouts, decode_attempts, roll_out
 from .score_config import SCoReConfig
+from .snapshot import Snapshot
 
 
 logger = get_logger(__name__)
 
-STAGE1_BETA_FILE = "stage1_beta.json"  # in a checkpoint
+STAGE1_BETA_FILE, PREVIOUS_FILE = "stage1_beta.json", "stage1_reference.pt"  # in a checkpoint
 ROWS_CHECKED = 10_000  # prompts tokenized at construction to check the context length
 
 
@@ -180,6 +182,11 @@ class SCoReTrainer(GRPOTrainer):
         self._attempt_rewards: list[Tensor] = []  # per attempt, of all processes: (B, number of reward functions)
         self._attempt: int | None = None
         self._stage1_beta = args.stage1_beta  # of the next batch
+        self._previous: Snapshot | None = None  # what Stage I(b) and later ones hold to
+        if args.stage1_reference == "previous" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "`stage1_reference='previous'` copies the weights, which DeepSpeed and FSDP shard. Set it to 'base'."
+            )
         self._check_context()
         # First, so that trackers and progress bars see what the alarm adds to a log.
         if args.collapse_window and args.num_attempts > 1:
@@ -449,6 +456,11 @@ class SCoReTrainer(GRPOTrainer):
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
         ).to(rewards.device)
+        if self.args.stage1_reference == "previous":
+            if mode == "train":
+                self._update_previous(stage, target)
+            if self._previous is not None:
+                output["ref_per_token_logps"] = self._mixed_reference(output, weights, attempt_ids)
         adapt = self.args.adaptive_stage1_beta and mode == "train" and kl_stage == 1
         in_reward = self.args.kl_level == "sequence" and self.beta != 0.0
         if adapt or in_reward:
@@ -493,13 +505,27 @@ class SCoReTrainer(GRPOTrainer):
             start=self.args.stage1_beta,
         )
 
+    def _update_previous(self, stage: int, target: int):
+        if stage == 2 or target == 2:
+            self._previous = None
+        elif self._previous is None or self._previous.target != target:
+            self._previous = Snapshot.of(self.model, target)
+
+    def _mixed_reference(self, output: dict[str, Tensor], weights: Tensor, attempt_ids: Tensor) -> Tensor:
+        with self._previous.in_place_of_the_weights(self.model):
+            previous = self._logps(output)
+        beta = torch.full_like(weights, self.beta)
+        both = [spread_to_tokens(each, attempt_ids) for each in (beta, weights - beta)]
+        return mixed_reference(output["ref_per_token_logps"], previous, *both)
+
     def _policy_logps(self, output: dict[str, Tensor]) -> Tensor:
         """
         Log-probabilities of the rollouts' tokens under the policy that sampled them, (B, T): TRL's, or computed here where it
         did without.
         """
-        if "old_per_token_logps" in output:
-            return output["old_per_token_logps"]
+        return output["old_per_token_logps"] if "old_per_token_logps" in output else self._logps(output)
+
+    def _logps(self, output: dict[str, Tensor]) -> Tensor:
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps, *_ = self._get_per_token_logps_and_entropies(
                 self.model,
@@ -590,9 +616,11 @@ class SCoReTrainer(GRPOTrainer):
         # Between two generations the updates still to come need the rollouts they belong to.
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             torch.save(self._buffered_inputs, self._rollouts_file(self._get_output_dir(trial), self.state.global_step))
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.adaptive_stage1_beta and self.args.should_save:
-            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / STAGE1_BETA_FILE).write_text(json.dumps(self._stage1_beta))
+        if self._previous is not None and self.args.should_save:
+            torch.save(vars(self._previous), folder / PREVIOUS_FILE)
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
@@ -605,6 +633,9 @@ class SCoReTrainer(GRPOTrainer):
         path = Path(checkpoint, STAGE1_BETA_FILE)
         if self.args.adaptive_stage1_beta and path.exists():
             self._stage1_beta = json.loads(path.read_text())
+        path = Path(checkpoint, PREVIOUS_FILE)
+        if self.args.stage1_reference == "previous" and path.exists():
+            self._previous = Snapshot(**torch.load(path, map_location=self.accelerator.device, weights_only=True))
 
     def _rollouts_file(self, folder: "str | os.PathLike", step: int) -> Path:
         return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / f"rollouts_{self.accelerator.process_index}.pt"
