@@ -29,13 +29,23 @@ def run(folder, num_processes, **settings):
     return json.loads((folder / "logs.json").read_text()), torch.load(folder / "weights.pt")
 
 
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
-def test_two_processes_give_the_update_of_one(tmp_path, loss_type):
+OPTIONS = {
+    "loss by the token count": {"loss_type": "dapo"},
+    "the defaults": {},
+    "what is measured over the batch": {
+        **{"kl_level": "sequence", "adaptive_stage1_beta": True, "whiten_advantages": True},
+        **{"num_attempts": 3, "stage1_reference": "previous"},
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_two_processes_give_the_update_of_one(tmp_path, options):
     """
     Groups of four rollouts, two on each rank: the leave-one-out baseline needs the other rank's rewards. Two steps of Stage I
     and two of Stage II on the same rollouts, of different lengths, some cut off.
     """
-    settings = {"num_generations": 4, "loss_type": loss_type, "stage1_steps": 2}
+    settings = {"num_generations": 4, "stage1_steps": 2} | options
     logs_of_one, one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
     logs_of_two, two = run(tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
     assert max((one[name] - two["start." + name]).abs().max() for name in one if not name.startswith("start.")) > 1e-3
@@ -48,5 +58,6 @@ def test_two_processes_give_the_update_of_one(tmp_path, loss_type):
         assert {"accuracy_t1", "reward_t2", "kl_t1", "kl_t2", "edit_distance_ratio", "stage"} <= compared
         for key in compared:
             assert got[key] == pytest.approx(expected[key], abs=2e-5), key
+    assert ("stage1_beta" in logs_of_one[0]) == ("adaptive_stage1_beta" in options)
     assert {log["stage"] for log in logs_of_one} == {1, 2}
     assert any(log["completions/clipped_ratio_t2"] > 0 for log in logs_of_one)

@@ -13,6 +13,7 @@ from trl_score.objective import (
     spread_to_tokens,
     stage_at,
     sum_per_attempt,
+    whitened_advantages,
 )
 
 
@@ -151,6 +152,29 @@ def test_advantages_of_a_group_sum_to_zero():
 def test_incomplete_groups_are_an_error():
     with pytest.raises(ValueError, match="5 rollouts are not whole groups of `num_generations=2`"):
         leave_one_out_advantages(torch.zeros(5, 2), 2)
+
+
+def test_whitening_divides_each_attempt_by_its_own_deviation():
+    """
+    Attempt 1: (3, -3, 0, 0), all credited: the deviation is sqrt(18 / 4). Attempt 2: (20, -20) and two without credit:
+    sqrt(800 / 2) = 20. Attempt 3: nothing to divide.
+    """
+    advantages = torch.tensor([[3.0, 20.0, 0.0], [-3.0, -20.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    credited = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, 1]]).bool()
+    got = whitened_advantages(advantages, credited)
+    value = 3 / (4.5**0.5 + 1e-4)
+    close(got, [[value, 20 / 20.0001, 0.0], [-value, -20 / 20.0001, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+
+
+def test_whitening_cancels_the_weight_of_the_bonus():
+    """Where first attempts are all alike, r2 + alpha (r2 - r1) is (1 + alpha) r2 and a constant."""
+    torch.manual_seed(0)
+    rewards = torch.stack([torch.zeros(16), torch.rand(16)], dim=1)
+    got = []
+    for alpha in (0.0, 10.0):
+        advantages = leave_one_out_advantages(shaped_rewards(rewards, stage=2, alpha=alpha), 4)
+        got.append(whitened_advantages(advantages, torch.ones(16, 2)))
+    torch.testing.assert_close(*got, atol=1e-3, rtol=1e-3)
 
 
 def test_stage_one_holds_the_attempts_before_its_target():

@@ -214,3 +214,26 @@ def test_snapshot_gives_the_weights_back(make_arithmetic_trainer):
         raise KeyError
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name] + 1.0) and parameter.requires_grad
+
+
+# Advantages of one size
+
+
+def test_whitened_advantages_have_the_deviation_one_in_each_attempt(make_arithmetic_trainer):
+    """Over the credited attempts: the stored first ones have none."""
+    trainer = make_arithmetic_trainer(
+        {
+            "train_dataset": with_stored(),
+            "reward_funcs": lambda completions, **_: [float(sum(map(ord, str(c))) % 7) for c in completions],
+        },
+        whiten_advantages=True,
+        offline_first_attempts=0.5,
+        stage1_steps=0,
+        per_device_train_batch_size=32,
+    )
+    inputs = rollouts(trainer, rows=32)
+    for k, credited in ((1, 16), (2, 32)):
+        advantages = first_token(inputs["advantages"], inputs["attempt_ids"], k)
+        assert (~advantages.isnan()).sum() == credited
+        assert advantages.nanmean().item() == pytest.approx(0.0, abs=1e-4)
+        assert advantages.square().nanmean().item() == pytest.approx(1.0, abs=1e-3)

@@ -173,6 +173,32 @@ def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     return torch.where(scored & (others > 0), credit - baseline, 0.0).view_as(rewards)
 
 
+def whitened_advantages(advantages: Tensor, credited: Tensor) -> Tensor:
+    r"""
+    Each attempt's advantages divided by their own standard deviation over the batch, never by another attempt's. Their mean
+    is zero in each group already. Not in the paper: it makes Stage II weigh all attempts alike, so it cancels the factor
+    $1 + \alpha$ that the bonus gives to those after the first.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B, K)`):
+            Of [`leave_one_out_advantages`].
+        credited (`torch.Tensor` of shape `(B, K)`):
+            Whether the attempt has a credit; the others' zeros do not count.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`: 0 for an attempt whose advantages are all 0.
+
+    Example:
+    ```python
+    >>> whitened_advantages(torch.tensor([[1.0, 8.0], [-1.0, -8.0]]), credited=torch.ones(2, 2)).round(decimals=2)
+    tensor([[ 1.,  1.],
+            [-1., -1.]])
+    ```
+    """
+    variance = advantages.square().sum(0) / credited.sum(0).clamp(min=1)  # (K,)
+    return advantages / (variance.sqrt() + 1e-4)  # as TRL: rounding errors of equal rewards stay small
+
+
 def kl_weights(
     stage: int, *, beta: float, stage1_beta: float, num_attempts: int = 2, target: int | None = None
 ) -> Tensor:

@@ -49,6 +49,10 @@ class SCoReConfig(GRPOConfig):
             in the paper training then collapses to not correcting (Appendix A.4).
         beta (`float`, *optional*, defaults to `0.01`):
             Weight of the KL penalty to the reference model on every attempt in both stages, $\beta_1$ (Eq. 2).
+        whiten_advantages (`bool`, *optional*, defaults to `False`):
+            Divide each attempt's advantages by their own standard deviation over the rollouts of a generation. Not in the
+            paper, and it changes its objective: in Stage II it cancels the factor $1 + \alpha$ by which the bonus makes
+            later attempts count more, so that `alpha` only mixes $\hat r(y_{k-1})$ into the credit.
         stage1_beta (`float`, *optional*, defaults to `0.1`):
             Weight of the KL penalty that Stage I adds on the attempts before the one it trains, $\beta_2$ (Eq. 3). The
             paper uses 0.25 for MBPP.
@@ -179,6 +183,13 @@ class SCoReConfig(GRPOConfig):
         metadata={
             "help": "Discount between attempts, from 0 to 1. Above 0 an attempt is also credited with the rewards of "
             "later ones (Appendix A.4)."
+        },
+    )
+    whiten_advantages: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide each attempt's advantages by their own standard deviation over the rollouts of a generation. "
+            "Cancels the factor 1 + alpha of the bonus."
         },
     )
     stage1_beta: float = field(
@@ -397,7 +408,8 @@ class SCoReConfig(GRPOConfig):
             ),
             "scale_rewards": (
                 self.scale_rewards not in ("none", False),
-                "dividing each attempt's advantages by their deviation cancels the bonus weight. Set it to 'none'.",
+                "dividing each attempt's advantages by their deviation cancels the bonus weight. Set it to 'none', or use "
+                "`whiten_advantages` if that is what you want.",
             ),
             "sync_ref_model": (
                 self.sync_ref_model,

@@ -43,6 +43,7 @@ from .objective import (
     spread_to_tokens,
     stage_at,
     sum_per_attempt,
+    whitened_advantages,
 )
 from .rollout import Bridge, Rollouts, decode_attempts, roll_out
 from .score_config import SCoReConfig
@@ -478,6 +479,8 @@ class SCoReTrainer(GRPOTrainer):
             credit[[self._is_offline(index) for index in range(len(credit))], 0] = torch.nan
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         advantages = leave_one_out_advantages(credit, group_size)  # (B of all processes, K)
+        if self.args.whiten_advantages:
+            advantages = whitened_advantages(advantages, credited=~credit.isnan())
         if adapt:
             self._adapt_stage1_beta(log_ratio, attempt_ids, advantages, target)
 
