@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from trl_score.sandbox import Sandbox, Submission
 from trl_score.tasks import TASKS, CodeTask, MathTask, Task, get_task, sources
+from trl_score.tasks.code import one_assert_each
 from trl_score.tasks.programs import extract_program
 
 
@@ -171,6 +172,39 @@ def test_every_reference_program_of_mbpp_passes(sandbox):
         submissions.append(Submission(row["code"], tests, defined(row["code"])))
     assert len(submissions) == 974 + 427
     assert [verdict for verdict in sandbox.run(submissions) if not verdict.passed] == []
+
+
+def test_fractional_reward_is_the_share_of_the_assertions(sandbox):
+    """Of x = 3; f(1) == 1; f(2) == 4; f(x) == 9; f(4) == 16: all for the square, 1 for the identity, none for nonsense."""
+    tests = "x = 3\nassert f(1) == 1\nassert f(2) == 4\nassert f(x) == 9\nassert f(4) == 16"
+    in_function = "def check(f):\n    assert f(1) == 1\n    assert f(2) == 4\ncheck(f)"
+    programs = [
+        "def f(x): return x * x",
+        "def f(x): return x",
+        "def f(x) return",
+        "def f(x): return [1, 4, 9, 0][x - 1]",
+    ]
+
+    def rewards(tests, **options):
+        columns = {"tests": [tests] * 4, "names": [["f"]] * 4, "context": [""] * 4}
+        return CodeTask(sandbox=sandbox, **options).reward(programs, **columns)
+
+    assert rewards(tests, fractional_reward=True) == [1.0, 0.25, 0.0, 0.75]
+    assert rewards(tests) == [1.0, 0.0, 0.0, 0.0]
+    assert rewards(in_function, fractional_reward=True) == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_tests_that_are_no_python_are_an_error_also_one_by_one():
+    assert one_assert_each("assert f(1 ==") == ["assert f(1 =="]
+
+
+@needs_data
+@pytest.mark.slow
+def test_fractional_reward_of_every_reference_program_is_one(sandbox):
+    task = get_task("mbpp", data_dir=str(DATA), sandbox=sandbox, fractional_reward=True)
+    rows, right = task.load("train"), answers("mbpp")
+    columns = {column: rows[column] for column in ("tests", "names", "context")}
+    assert task.reward([right[i] for i in rows["task_id"]], **columns) == [1.0] * len(rows)
 
 
 def defined(program: str) -> tuple[str, ...]:

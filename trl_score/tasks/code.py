@@ -38,6 +38,26 @@ def names_used(reference: str, tests: str) -> list[str]:
     return [name for name in dict.fromkeys(defined) if name in used]
 
 
+def one_assert_each(tests: str) -> list[str]:
+    """
+    Tests for each assertion at their top level alone, with everything that is none; the tests themselves if there is no such
+    assertion, or if they are no Python.
+
+    Example:
+    ```python
+    >>> one_assert_each("x = 1\\nassert f(x) == 1\\nassert f(2) == 4")
+    ['x = 1\\nassert f(x) == 1', 'x = 1\\nassert f(2) == 4']
+    ```
+    """
+    try:
+        nodes = ast.parse(tests).body
+    except SyntaxError:
+        return [tests]
+    asserts = [node for node in nodes if isinstance(node, ast.Assert)]
+    kept = [[node for node in nodes if node is one or node not in asserts] for one in asserts]
+    return ["\n".join(map(ast.unparse, each)) for each in kept] or [tests]
+
+
 class CodeTask(Task):
     """
     Programs that have to pass tests. Subclass it and write `rows` for problems of your own.
@@ -49,6 +69,10 @@ class CodeTask(Task):
             Where the programs run. By default, the best that this machine allows.
         allow_code_execution (`bool`, *optional*):
             Consent to running what a model wrote; see [`Sandbox`].
+        fractional_reward (`bool`, *optional*, defaults to `False`):
+            Reward the share of the assertions that hold, each in a run of its own, instead of 1 for all of them and else 0.
+            Tests without assertions at their top level, HumanEval's, stay all or nothing. An attempt still counts as right
+            only with all of them.
 
     Raises:
         `PermissionError`: Without consent.
@@ -63,8 +87,9 @@ class CodeTask(Task):
         *,
         sandbox: Sandbox | None = None,
         allow_code_execution: bool | None = None,
+        fractional_reward: bool = False,
     ):
-        self.data_dir = data_dir
+        self.data_dir, self.fractional_reward = data_dir, fractional_reward
         self.sandbox = sandbox or Sandbox(allow_code_execution=allow_code_execution)
 
     def rows(self, split: str) -> list[dict]:
@@ -94,12 +119,15 @@ class CodeTask(Task):
     def reward(
         self, completions: list, tests: list[str], names: list[list[str]], context: list[str], **kwargs
     ) -> list[float]:
-        """1.0 if the attempt's program passes all of the tests; see [`Task.reward`]."""
+        """1.0 if the attempt's program passes all of the tests, else 0.0 or their share; see [`Task.reward`]."""
+        parts = [one_assert_each(test) if self.fractional_reward else [test] for test in tests]
         submissions = [
             Submission(extract_program(text_of(completion), list(used), start), test, tuple(used))
-            for completion, test, used, start in zip(completions, tests, names, context, strict=True)
+            for completion, several, used, start in zip(completions, parts, names, context, strict=True)
+            for test in several
         ]
-        return [float(verdict.passed) for verdict in self.sandbox.run(submissions)]
+        passed = iter([verdict.passed for verdict in self.sandbox.run(submissions)])
+        return [sum(next(passed) for _ in several) / len(several) for several in parts]
 
     def answer(self, text: str, *, names: list[str], context: str, **row) -> str | None:
         """The program; see [`Task.answer`]."""
