@@ -285,7 +285,7 @@ class SCoReTrainer(GRPOTrainer):
         self._check_length(max(map(len, prompt_ids)))
 
         def generate(contexts, attempt):
-            if attempt == 1 and any(self._stored):
+            if attempt == 1 and mode == "train" and self.args.num_offline:  # on all processes alike
                 return self._sample_or_take(contexts)
             return self._generate_single_turn(contexts, None, {}, num_generations=group_size if attempt == 1 else 1)
 
