@@ -1,13 +1,14 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import pytest
 import sandbox_attacks
 
-from trl_score.sandbox import BACKENDS, WORKER, Sandbox, Submission, Verdict
+from trl_score.sandbox import BACKENDS, Sandbox, Submission, Verdict
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
@@ -324,29 +325,32 @@ def test_a_worker_that_dies_is_replaced(any_sandbox):
 
 
 @pytest.mark.parametrize("runs", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_nothing_is_left_behind(runs):
-    def left():
-        folders = [sorted(os.listdir(folder)) for folder in ("/tmp", "/dev/shm", os.getcwd()) if os.path.isdir(folder)]
-        return len(os.listdir("/proc/self/fd")), folders
+def test_nothing_is_left_behind(runs, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path / "here")
 
-    running = {pid for pid in sandbox_attacks.processes() if is_worker(pid)}
-    before = left()
+    def left():
+        return len(os.listdir("/proc/self/fd")), list(tmp_path.rglob("*"))
+
+    def workers():
+        return {pid for pid in sandbox_attacks.processes() if sandbox_attacks.is_ours(pid)}
+
+    running, before = workers(), left()
     sandbox = Sandbox(**LIMITS)
     good, bad = Submission("def f(x): return x", "assert f(1) == 1"), Submission("import os; os._exit(1)", "")
     verdicts = sandbox.run([good, bad] * (runs // 2))
     assert [verdict.passed for verdict in verdicts] == [True, False] * (runs // 2)
-    children = [pid for pid in sandbox_attacks.processes() if is_worker(pid) and pid not in running]
+    children = workers() - running
     assert (
         len(children) <= 2 * sandbox._pool.num_workers
     )  # a worker, and in the first backend the one that waits for it
     sandbox.close()
     time.sleep(0.2)
-    assert {pid for pid in sandbox_attacks.processes() if is_worker(pid)} == running
+    assert workers() == running
     assert left() == before
-
-
-def is_worker(pid: int) -> bool:
-    return str(WORKER).encode() in sandbox_attacks.command_line(pid)
 
 
 def test_the_workers_end_with_the_trainer(tmp_path):
@@ -360,10 +364,10 @@ def test_the_workers_end_with_the_trainer(tmp_path):
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     worker = int(trainer.stdout.readline())
     time.sleep(0.3)
-    assert is_worker(worker)
+    assert sandbox_attacks.is_worker(worker)
     trainer.kill()
     trainer.wait()
     deadline = time.monotonic() + 5
-    while is_worker(worker) and time.monotonic() < deadline:
+    while sandbox_attacks.is_worker(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not is_worker(worker)
+    assert not sandbox_attacks.is_worker(worker)
