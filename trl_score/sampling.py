@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from accelerate import PartialState
 from huggingface_hub import InferenceClient
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from .cache import can_reuse_cache, reused_cache
 from .rollout import Bridge, decode_attempts, roll_out, tokenize_prompt
 from .tasks.base import text_of
 
@@ -135,13 +137,15 @@ class TransformersSampler(TokenSampler):
             A model, or the Hub id or folder of one; a folder with an adapter is loaded on top of its base model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Its tokenizer; by default, the one saved with it.
+        reuse_cache (`bool`, *optional*, defaults to `True`):
+            Go on from the key-value cache of the attempt before, where the model allows it.
         **kwargs:
             For `from_pretrained`: `dtype`, `revision`, `quantization_config`, `device_map`, ..
     """
 
     backend = "transformers"
 
-    def __init__(self, model, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs):
+    def __init__(self, model, tokenizer: PreTrainedTokenizerBase | None = None, reuse_cache: bool = True, **kwargs):
         self.name = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(model, str):
             kwargs.setdefault("device_map", self._device_map())
@@ -152,6 +156,7 @@ class TransformersSampler(TokenSampler):
             tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.model: PreTrainedModel = model
         self.tokenizer = tokenizer
+        self.reuse_cache = reuse_cache and can_reuse_cache(model)
         eos = model.generation_config.eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         self.eos_token_ids = {tokenizer.eos_token_id, *eos}
@@ -164,6 +169,12 @@ class TransformersSampler(TokenSampler):
             return None
         state = PartialState()
         return "auto" if state.num_processes == 1 else {"": state.local_process_index}
+
+    def sample(
+        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
+    ) -> list[list[Attempt]]:
+        with reused_cache(self.model) if self.reuse_cache else nullcontext():
+            return super().sample(prompts, instructions, decoding, seed, given)
 
     def generate(self, contexts: list[list[int]], decoding: Decoding, seed: int) -> list[list[int]]:
         longest = max(map(len, contexts))

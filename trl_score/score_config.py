@@ -29,6 +29,10 @@ class SCoReConfig(GRPOConfig):
             Share of the rollouts of each problem whose first attempt is drawn from the dataset's column `first_attempts`
             (lists of texts or of token ids, sampled from the base model) instead of the policy (Section 5.3). Their first
             attempts are graded, and not trained. 1: no online first attempts, the paper's ablation (Section 6.3).
+        reuse_cache (`bool`, *optional*, defaults to `True`):
+            Generate an attempt from the key-value cache of the one before, instead of reading the whole context again: in
+            generation by transformers (not by its continuous batching), for models with full attention in all layers, not
+            with FSDP or ZeRO-3. Elsewhere it changes nothing.
 
         > Parameters that control the two stages
 
@@ -151,6 +155,13 @@ class SCoReConfig(GRPOConfig):
         metadata={
             "help": "The user's turn between two attempts (Appendix C). A dataset column of the same name overrides it "
             "row by row. The default is the paper's instruction for MATH."
+        },
+    )
+    reuse_cache: bool = field(
+        default=True,
+        metadata={
+            "help": "Generate an attempt from the key-value cache of the one before, where transformers generates and the "
+            "model has full attention in all layers."
         },
     )
     stage1_steps: float = field(

@@ -28,6 +28,7 @@ from trl import GRPOTrainer, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, get_config_model_id, pad
 
+from .cache import can_reuse_cache, reused_cache
 from .callbacks import CollapseAlarm, KeepBestCheckpoint, best_checkpoint
 from .checks import TRAINED_FLAG, check_datasets, check_model
 from .grading import graded
@@ -188,6 +189,13 @@ class SCoReTrainer(GRPOTrainer):
             raise ValueError(
                 "`stage1_reference='previous'` copies the weights, which DeepSpeed and FSDP shard. Set it to 'base'."
             )
+        self._reuses_cache = (
+            args.reuse_cache
+            and not (args.use_vllm or args.use_transformers_continuous_batching)
+            # There a process whose attempts have ended goes on as long as another one has not.
+            and not (self._dist.is_zero3 or self._dist.is_fsdp)
+            and can_reuse_cache(self.model)
+        )
         self._check_context()
         # First, so that trackers and progress bars see what the alarm adds to a log.
         if args.collapse_window and args.num_attempts > 1:
@@ -292,7 +300,10 @@ class SCoReTrainer(GRPOTrainer):
         def bridge(attempt, attempt_ids):
             return self._bridge(prompts, self._instructions, attempt, attempt_ids)
 
-        with self._eval_decoding() if mode == "eval" else nullcontext():
+        with (
+            self._eval_decoding() if mode == "eval" else nullcontext(),
+            reused_cache(self.model) if self._reuses_cache else nullcontext(),
+        ):
             rollouts = roll_out(prompt_ids, generate, bridge, self.num_attempts)
         self.model.train(mode == "train")  # TRL's continuous batching leaves it in training mode
         self._rollouts = rollouts
