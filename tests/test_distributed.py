@@ -36,6 +36,7 @@ OPTIONS = {
         **{"kl_level": "sequence", "adaptive_stage1_beta": True, "whiten_advantages": True},
         **{"num_attempts": 3, "stage1_reference": "previous"},
     },
+    "several second attempts at each first one": {"second_attempts_per_first": 2, "gamma": 0.5},
 }
 
 
@@ -61,3 +62,4 @@ def test_two_processes_give_the_update_of_one(tmp_path, options):
     assert ("stage1_beta" in logs_of_one[0]) == ("adaptive_stage1_beta" in options)
     assert {log["stage"] for log in logs_of_one} == {1, 2}
     assert any(log["completions/clipped_ratio_t2"] > 0 for log in logs_of_one)
+    assert 0 < logs_of_one[0]["num_generated_tokens"] < logs_of_one[-1]["num_generated_tokens"]

@@ -10,7 +10,14 @@ import itertools
 import pytest
 import torch
 
-from trl_score.objective import kl_weights, leave_one_out_advantages, shaped_rewards, spread_to_tokens
+from trl_score.objective import (
+    kl_weights,
+    leave_one_out_advantages,
+    shaped_rewards,
+    shared_first_credit,
+    spread_to_tokens,
+    tree_advantages,
+)
 from trl_score.rollout import roll_out
 
 
@@ -21,10 +28,14 @@ LENGTH = 2  # the limit of an attempt
 
 @pytest.fixture
 def enumerated(make_letters_trainer):
-    """`enumerate(num_attempts)`: the trainer, its inputs for all rollouts of one prompt, and their rewards (R, N)."""
+    """
+    `enumerate(num_attempts)`: the trainer, its inputs for all rollouts of one prompt, and their rewards (R, N). With a limit
+    of one token there are three attempts (`E`, `a`, `b`).
+    """
 
-    def enumerate_rollouts(num_attempts):
-        trainer = make_letters_trainer(num_attempts=num_attempts)
+    def enumerate_rollouts(num_attempts, length=LENGTH):
+        trainer = make_letters_trainer(num_attempts=num_attempts, max_completion_length=length)
+        attempts = ATTEMPTS if length == LENGTH else [[EOS], [0], [1]]
         model = trainer.model.double().eval()
         reference = trainer.ref_model.double().eval()
         torch.manual_seed(1)
@@ -32,11 +43,11 @@ def enumerated(make_letters_trainer):
             for parameter in model.parameters():
                 parameter += 0.2 * torch.randn_like(parameter)
 
-        chosen = list(itertools.product(range(len(ATTEMPTS)), repeat=num_attempts))
+        chosen = list(itertools.product(range(len(attempts)), repeat=num_attempts))
         rows = len(chosen)
         rollouts = roll_out(
             [[0]] * rows,
-            lambda contexts, attempt: ([ATTEMPTS[row[attempt - 1]] for row in chosen], None),
+            lambda contexts, attempt: ([attempts[row[attempt - 1]] for row in chosen], None),
             lambda attempt, ids: trainer._bridge(["a"] * rows, ["a b"] * rows, attempt, ids),
             num_attempts,
         )
@@ -125,6 +136,14 @@ CASES = [
     *({"stage": 2, "target": 2, "gamma": gamma, "alpha": alpha} for gamma in (0, 1) for alpha in (0.0, 2.0, 10.0)),
     {"stage": 2, "kl_stage": 1, "target": None, "gamma": 0, "alpha": 10.0},  # `stage_schedule="joint"`
 ]
+
+
+def cases_for(num_attempts):
+    if num_attempts == 2:
+        return CASES
+    return [*CASES, *({"stage": 1, "target": 3, "gamma": gamma, "alpha": 10.0} for gamma in (0, 1))]
+
+
 KL = [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)]
 
 
@@ -136,10 +155,7 @@ def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, nu
     probabilities = attempt_log_probs(log_probs()[0], inputs, num_attempts).sum(1).exp().detach()
     torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0).double())  # nothing is left out
 
-    cases = list(CASES)
-    if num_attempts == 3:
-        cases += [{"stage": 1, "target": 3, "gamma": gamma, "alpha": 10.0} for gamma in (0, 1)]
-    for case, (beta, stage1_beta) in itertools.product(cases, KL):
+    for case, (beta, stage1_beta) in itertools.product(cases_for(num_attempts), KL):
         stage, target, gamma, alpha = case["stage"], case["target"], case["gamma"], case["alpha"]
         weights = kl_weights(
             case.get("kl_stage", stage), beta=beta, stage1_beta=stage1_beta, num_attempts=num_attempts, target=target
@@ -261,3 +277,100 @@ def test_expected_gradient_with_stored_first_attempts(enumerated, stage):
     for got, expected in zip(computed, exact, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
     assert max(gradient.abs().max() for gradient in exact) > 1e-3
+
+
+# Several second attempts at each first one
+
+
+def all_trees(probabilities, num_attempts, num_first, shared):
+    """
+    All groups of `num_first` first attempts with `shared` continuations each: the rollouts in them, (trees, num_first *
+    shared), and their probabilities, (trees,).
+    """
+    of_first = round(len(probabilities) ** (1 / num_attempts))  # first attempts
+    rest = len(probabilities) // of_first  # continuations of each
+    first_probability = probabilities.view(of_first, rest).sum(1)
+    branches, chances = [], []
+    for first in range(of_first):
+        continuations = list(itertools.product(range(rest), repeat=shared))
+        rows = first * rest + torch.tensor(continuations)  # (rest ** shared, shared)
+        branches.append(rows)
+        chances.append(first_probability[first] * (probabilities[rows] / first_probability[first]).prod(1))
+    branches, chances = torch.cat(branches), torch.cat(chances)
+    index = torch.cartesian_prod(*[torch.arange(len(branches))] * num_first)  # (trees, num_first)
+    return branches[index].flatten(1), chances[index].prod(1)
+
+
+def mean_over_trees(values, trees, chances, rows):
+    """What each rollout has in the mean over the rows of a tree, in expectation over the trees: (R, K)."""
+    values = values * chances.repeat_interleave(trees.size(1)).unsqueeze(1) / trees.size(1)
+    return values.new_zeros(rows, values.size(1)).index_add(0, trees.flatten(), values)
+
+
+TREES = [  # attempts, their limit of tokens, first attempts of a problem, second ones at each
+    *((2, 2, 2, 2), (2, 1, 2, 3), (2, 1, 3, 2)),
+    (3, 1, 2, 2),
+]
+
+
+@pytest.mark.parametrize("kl_level", ["token", "sequence"])
+@pytest.mark.parametrize(("num_attempts", "length", "num_first", "shared"), TREES)
+def test_expected_gradient_over_all_trees_is_that_of_the_exact_objective(
+    enumerated, num_attempts, length, num_first, shared, kl_level
+):
+    """With the constant that it has without trees: the rows of a tree are its rollouts, and `dr_grpo` divides by them."""
+    trainer, inputs, rewards, log_probs = enumerated(num_attempts, length)
+    parameters, rows = list(trainer.model.parameters()), len(rewards)
+    current, reference = (attempt_log_probs(x, inputs, num_attempts).detach() for x in log_probs())
+    probabilities = current.sum(1).exp()
+    trees, chances = all_trees(probabilities, num_attempts, num_first, shared)
+    torch.testing.assert_close(chances.sum(), torch.tensor(1.0).double())
+    ones = torch.ones(trees.numel(), 1).double()
+    torch.testing.assert_close(mean_over_trees(ones, trees, chances, rows)[:, 0], probabilities)
+
+    for case, (beta, stage1_beta) in itertools.product(cases_for(num_attempts), KL[1:]):
+        stage, target, gamma, alpha = case["stage"], case["target"], case["gamma"], case["alpha"]
+        weights = kl_weights(
+            case.get("kl_stage", stage), beta=beta, stage1_beta=stage1_beta, num_attempts=num_attempts, target=target
+        ).double()
+        penalty = (weights * (current - reference))[trees.flatten()] if kl_level == "sequence" else 0.0
+        credit = shaped_rewards(
+            rewards[trees.flatten()], stage=stage, target=target, gamma=gamma, alpha=alpha, penalty=penalty
+        )
+        advantages = tree_advantages(shared_first_credit(credit, shared), num_first * shared, shared)
+        kl = (weights * (kl_level == "token")).expand(trees.numel(), -1)
+        advantages, kl = (rows * mean_over_trees(values, trees, chances, rows) for values in (advantages, kl))
+        trainer.beta = beta
+        loss = trainer._compute_loss(
+            trainer.model,
+            {
+                **inputs,
+                "advantages": spread_to_tokens(advantages, inputs["attempt_ids"]),
+                "kl_weights": spread_to_tokens(kl, inputs["attempt_ids"]),
+            },
+        )
+        computed = torch.autograd.grad(-loss * length, parameters)
+        credit = shaped_rewards(rewards, stage=stage, target=target, gamma=0, alpha=alpha)
+        objective = exact_objective(*log_probs(), inputs, rewards, credit, weights, gamma, kl_level)
+        exact = torch.autograd.grad(objective, parameters)
+        for got, expected in zip(computed, exact, strict=True):
+            torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4, msg=f"{case} {beta=} {stage1_beta=}")
+        assert max(gradient.abs().max() for gradient in exact) > 1e-3
+
+
+def test_counting_a_shared_first_attempt_again_in_its_baseline_or_dividing_it_would_be_seen(enumerated):
+    """
+    The expected advantage of a first attempt is its credit minus the mean credit. A baseline over all other rollouts has the
+    attempt itself in it (here with one third), and a factor of 1 / m in front is a factor of 1 / m.
+    """
+    _, inputs, rewards, log_probs = enumerated(2)
+    probabilities = attempt_log_probs(log_probs()[0], inputs, 2).sum(1).exp().detach()
+    trees, chances = all_trees(probabilities, 2, num_first=2, shared=2)
+    credit = shaped_rewards(rewards, stage=2, alpha=10.0)
+    expected = (probabilities[:, None] * (credit - (probabilities[:, None] * credit).sum(0)))[:, 0]
+    ours = tree_advantages(credit[trees.flatten()], 4, 2)
+    plain = leave_one_out_advantages(credit[trees.flatten()], 4)
+    ours, plain = (mean_over_trees(values, trees, chances, len(rewards))[:, 0] for values in (ours, plain))
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(plain, expected * 2 / 3)
+    assert expected.abs().max() > 1e-2

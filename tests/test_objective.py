@@ -10,9 +10,11 @@ from trl_score.objective import (
     mixed_reference,
     resolve_stage1_steps,
     shaped_rewards,
+    shared_first_credit,
     spread_to_tokens,
     stage_at,
     sum_per_attempt,
+    tree_advantages,
     whitened_advantages,
 )
 
@@ -152,6 +154,46 @@ def test_advantages_of_a_group_sum_to_zero():
 def test_incomplete_groups_are_an_error():
     with pytest.raises(ValueError, match="5 rollouts are not whole groups of `num_generations=2`"):
         leave_one_out_advantages(torch.zeros(5, 2), 2)
+
+
+def test_baselines_of_a_tree_are_over_first_attempts_and_within_each():
+    """
+    Three first attempts (r1 = 0, 1, 1) with two second ones each; alpha = 10. First attempts: 0 - (1 + 1) / 2, 1 - (0 + 1) / 2
+    twice. Second ones, credits (11, 0), (1, -10) and (1, 1): 11 - 0 and back, 1 - (-10) and back, nothing. So r1 is nowhere in
+    them: they are 11 (r2 - the other's r2).
+    """
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    credit = shared_first_credit(shaped_rewards(rewards, stage=2, alpha=10.0), 2)
+    got = tree_advantages(credit, num_generations=6, second_attempts=2)
+    close(got, [[-1.0, 11.0], [-1.0, -11.0], [0.5, 11.0], [0.5, -11.0], [0.5, 0.0], [0.5, 0.0]])
+
+
+def test_shared_first_attempt_is_credited_with_the_mean_of_its_second_attempts():
+    """
+    alpha = 1, gamma = 0.5. Attempt 2: (2, 0) at r1 = 0, (1, -1) at r1 = 1. Attempt 1: 0 + 0.5 * (2 + 0) / 2 = 0.5 and
+    1 + 0.5 * (1 - 1) / 2 = 1, so the advantages are -0.5 and 0.5.
+    """
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    credit = shared_first_credit(shaped_rewards(rewards, stage=2, alpha=1.0, gamma=0.5), 2)
+    close(credit, [[0.5, 2.0], [0.5, 0.0], [1.0, 1.0], [1.0, -1.0]])
+    close(tree_advantages(credit, 4, 2), [[-0.5, 2.0], [-0.5, -2.0], [0.5, 2.0], [0.5, -2.0]])
+
+
+def test_unscored_attempts_of_a_tree_stay_out_of_its_means():
+    """A first attempt is credited by the scored ones of its rollouts; a run without any leaves the baseline."""
+    credit = shared_first_credit(
+        torch.tensor([[2.0, 5.0], [NAN, NAN], [NAN, 1.0], [NAN, 0.0], [1.0, 3.0], [1.0, 1.0]]), 2
+    )
+    close(credit[:, 0], [2.0, 2.0, NAN, NAN, 1.0, 1.0])
+    close(tree_advantages(credit, 6, 2), [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 2.0], [-1.0, -2.0]])
+
+
+def test_tree_with_one_second_attempt_is_the_plain_estimator():
+    torch.manual_seed(0)
+    credit = torch.randn(8, 3)
+    credit[2, 0] = credit[5, 1] = NAN
+    close(shared_first_credit(credit, 1), credit.tolist())
+    close(tree_advantages(credit, 4, 1), leave_one_out_advantages(credit, 4).tolist())
 
 
 def test_whitening_divides_each_attempt_by_its_own_deviation():

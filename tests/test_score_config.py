@@ -21,6 +21,12 @@ BAD_CONFIGURATIONS = [
     ({"offline_first_attempts": 1.5}, "`offline_first_attempts=1.5` is a share of the rollouts"),
     ({"offline_first_attempts": 0.01}, "of `num_generations=8` rollouts is none of them"),
     ({"offline_first_attempts": 1, "num_attempts": 1, "stage1_steps": 0}, "would leave nothing to train"),
+    ({"second_attempts_per_first": 0}, "`second_attempts_per_first=0` is the number of second attempts"),
+    ({"second_attempts_per_first": 2, "num_attempts": 1, "stage1_steps": 0}, "with `num_attempts=1`"),
+    ({"second_attempts_per_first": 3}, "do not divide into two or more runs of `second_attempts_per_first=3`"),
+    ({"second_attempts_per_first": 8}, "Set `num_generations` to a multiple of 8, 16 or more"),
+    ({"second_attempts_per_first": 4, "offline_first_attempts": 0.5}, "leaves a single first attempt of each problem"),
+    ({"second_attempts_from_stage": 3}, "`second_attempts_from_stage=3` is no stage"),
     ({"alpha": -1.0}, "`alpha=-1.0` would reward turning right attempts into wrong ones"),
     ({"gamma": 1.5}, "`gamma=1.5` is not a discount"),
     ({"gamma": -0.1}, "`gamma=-0.1` is not a discount"),
@@ -90,6 +96,22 @@ def test_defaults_are_the_papers_and_warn_of_nothing(tmp_path):
     paper = {"alpha": 10.0, "gamma": 0.0, "beta": 0.01, "stage1_beta": 0.1, "learning_rate": 5e-6, "temperature": 1.0}
     assert {name: getattr(config, name) for name in paper} == paper
     assert (config.num_attempts, config.num_generations_eval, config.eval_temperature) == (2, 1, 0.0)
+
+
+def test_runs_that_share_a_first_attempt_are_not_cut_by_a_process(tmp_path, monkeypatch):
+    """Four processes of 2 rollouts hold a group of 8; a run of 4 would be on two of them, a run of 2 is on one."""
+    monkeypatch.setattr(SCoReConfig, "world_size", 4)
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 8,
+        "bf16": False,
+    }
+    SCoReConfig(str(tmp_path), second_attempts_per_first=2, **settings)
+    with pytest.raises(
+        ValueError, match=r"A process makes 2 rollouts at a time .* `per_device_train_batch_size` to a multi"
+    ):
+        SCoReConfig(str(tmp_path), second_attempts_per_first=4, **settings)
 
 
 def test_training_without_any_kl_is_allowed(tmp_path):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FIGURE = "images/training.png"
 OPTIONS = (  # shown where not the default
     *("stage_schedule", "stage1_cycles", "adaptive_stage1_beta", "stage1_reference", "kl_level"),
-    "whiten_advantages",
+    *("whiten_advantages", "second_attempts_per_first", "second_attempts_from_stage"),
 )
 
 

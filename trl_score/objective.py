@@ -10,7 +10,7 @@ The loss that `SCoReTrainer` minimizes is, with these functions' results spread 
 
 $$- \sum_k A_k \log \pi(y_k \mid x_k) + \sum_k w_k \, \mathrm{KL}(\pi(\cdot \mid x_k) \,\|\, \pi_\mathrm{ref}(\cdot \mid x_k))$$
 
-with $A$ = [`leave_one_out_advantages`] of the [`shaped_rewards`] and $w$ = [`kl_weights`]. With a sequence-level KL the
+with $A$ = [`leave_one_out_advantages`] (or [`tree_advantages`]) of the [`shaped_rewards`] and $w$ = [`kl_weights`]. With a sequence-level KL the
 second term goes into the [`shaped_rewards`].
 """
 
@@ -173,6 +173,70 @@ def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     return torch.where(scored & (others > 0), credit - baseline, 0.0).view_as(rewards)
 
 
+def shared_first_credit(rewards: Tensor, second_attempts: int) -> Tensor:
+    r"""
+    The credit of a first attempt that several rollouts share: the mean of what they would credit it with. They agree, unless
+    a discount above 0 credits it with second attempts, or a sequence-level KL or a reward function is not exactly repeated.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, K)`):
+            Credit of each attempt, the rollouts that share a first attempt in consecutive rows; NaN where there is none.
+        second_attempts (`int`):
+            Rollouts that share a first attempt.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`: `rewards` with another first column, NaN where none of the sharing rollouts has one.
+
+    Example:
+    ```python
+    >>> shared_first_credit(torch.tensor([[1.0, 5.0], [3.0, 7.0]]), second_attempts=2)
+    tensor([[2., 5.],
+            [2., 7.]])
+    ```
+    """
+    first = rewards[:, 0].view(-1, second_attempts).nanmean(1)  # (B / m,)
+    return torch.cat([first.repeat_interleave(second_attempts).unsqueeze(1), rewards[:, 1:]], dim=1)
+
+
+def tree_advantages(rewards: Tensor, num_generations: int, second_attempts: int) -> Tensor:
+    r"""
+    Leave-one-out advantages where each first attempt $y_1$ is shared by several rollouts. The baseline of a first attempt is
+    over the problem's other first attempts, each counted once; that of a later attempt is over the other rollouts of the same
+    $(x, y_1)$, in which what the credit owes to $y_1$ (the $- \alpha \hat r(y_1)$ of the bonus) cancels. Neither depends on
+    what it is subtracted from, so the gradient stays unbiased.
+
+    Every row has its first attempt's advantage. A mean over rows is then a mean over first attempts, each counted once: a
+    further factor $1 / m$ would take it away from the first attempts.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, K)`):
+            Of [`shared_first_credit`], the rollouts of a problem in consecutive rows.
+        num_generations (`int`):
+            Rollouts per problem.
+        second_attempts (`int`):
+            Rollouts that share a first attempt, $m$. 1: [`leave_one_out_advantages`], in which all attempts have the other
+            rollouts of the problem as their baseline.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`: 0 where the credit is NaN, and where there is nothing to compare it with.
+
+    Example:
+    ```python
+    >>> credit = torch.tensor([[0.0, 11.0], [0.0, 0.0], [1.0, 1.0], [1.0, -10.0]])  # r2 + 10 (r2 - r1)
+    >>> tree_advantages(credit, num_generations=4, second_attempts=2)
+    tensor([[ -1.,  11.],
+            [ -1., -11.],
+            [  1.,  11.],
+            [  1., -11.]])
+    ```
+    """
+    if second_attempts == 1:
+        return leave_one_out_advantages(rewards, num_generations)
+    first = leave_one_out_advantages(rewards[::second_attempts, :1], num_generations // second_attempts)
+    later = leave_one_out_advantages(rewards[:, 1:], second_attempts)
+    return torch.cat([first.repeat_interleave(second_attempts, dim=0), later], dim=1)
+
+
 def whitened_advantages(advantages: Tensor, credited: Tensor) -> Tensor:
     r"""
     Each attempt's advantages divided by their own standard deviation over the batch, never by another attempt's. Their mean
@@ -181,7 +245,7 @@ def whitened_advantages(advantages: Tensor, credited: Tensor) -> Tensor:
 
     Args:
         advantages (`torch.Tensor` of shape `(B, K)`):
-            Of [`leave_one_out_advantages`].
+            Of [`leave_one_out_advantages`] or [`tree_advantages`].
         credited (`torch.Tensor` of shape `(B, K)`):
             Whether the attempt has a credit; the others' zeros do not count.
 

@@ -33,6 +33,12 @@ class SCoReConfig(GRPOConfig):
             Generate an attempt from the key-value cache of the one before, instead of reading the whole context again: in
             generation by transformers (not by its continuous batching), for models with full attention in all layers, not
             with FSDP or ZeRO-3. Elsewhere it changes nothing.
+        second_attempts_per_first (`int`, *optional*, defaults to `1`):
+            Rollouts of a problem that share a first attempt, $m$: `num_generations / m` first attempts are sampled, and $m$
+            second ones from each (not in the paper). The baseline of a first attempt is then over the problem's other first
+            attempts, that of a later one over the rollouts with the same first. Training only.
+        second_attempts_from_stage (`int`, *optional*, defaults to `1`):
+            Stage from which on they share it. 2: in Stage I every rollout has a first attempt of its own.
 
         > Parameters that control the two stages
 
@@ -149,6 +155,17 @@ class SCoReConfig(GRPOConfig):
             "help": "Share of the rollouts of each problem whose first attempt is drawn from the dataset's column "
             "`first_attempts` instead of the policy, and is not trained (Section 5.3)."
         },
+    )
+    second_attempts_per_first: int = field(
+        default=1,
+        metadata={
+            "help": "Rollouts of a problem that share a first attempt. Above 1, later attempts have their baseline among the "
+            "rollouts with the same first attempt."
+        },
+    )
+    second_attempts_from_stage: int = field(
+        default=1,
+        metadata={"help": "Stage from which on rollouts share first attempts. 2: not in Stage I."},
     )
     correction_instruction: str = field(
         default=CORRECTION_INSTRUCTION,
@@ -334,6 +351,13 @@ class SCoReConfig(GRPOConfig):
             raise ValueError(
                 f"Unknown `kl_level={self.kl_level!r}`. Set it to 'token' (KL in the loss) or 'sequence' (KL in the reward)."
             )
+        if self.second_attempts_per_first != 1:
+            self._check_tree()
+        if self.second_attempts_from_stage not in (1, 2):
+            raise ValueError(
+                f"`second_attempts_from_stage={self.second_attempts_from_stage}` is no stage. Set it to 1, or to 2 for Stage II "
+                "only."
+            )
         if not 0 <= self.offline_first_attempts <= 1:
             raise ValueError(
                 f"`offline_first_attempts={self.offline_first_attempts}` is a share of the rollouts. Set it from 0 to 1."
@@ -356,8 +380,25 @@ class SCoReConfig(GRPOConfig):
             raise ValueError(
                 "`load_best_checkpoint_at_end` has nothing to load without `keep_best_checkpoint`. Set that to True too."
             )
+        if (
+            self.second_attempts_per_first > 1
+            and self.num_generations - self.num_offline == self.second_attempts_per_first
+        ):
+            raise ValueError(
+                f"`offline_first_attempts={self.offline_first_attempts}` leaves a single first attempt of each problem to be "
+                f"sampled (`num_generations={self.num_generations}`, `second_attempts_per_first="
+                f"{self.second_attempts_per_first}`), which has no baseline. Set it to 0 or 1, or `num_generations` higher."
+            )
         self._refuse_unsupported()
         super().__post_init__()
+        rollouts = self.per_device_train_batch_size * self.steps_per_generation
+        if rollouts % self.second_attempts_per_first:
+            raise ValueError(
+                f"A process makes {rollouts} rollouts at a time (`per_device_train_batch_size="
+                f"{self.per_device_train_batch_size}`, `steps_per_generation={self.steps_per_generation}`), which are not whole "
+                f"runs of `second_attempts_per_first={self.second_attempts_per_first}`, so the first attempt that a run shares "
+                "would be on two processes. Set `per_device_train_batch_size` to a multiple of it."
+            )
         if self.keep_best_checkpoint and self.save_strategy == "no":
             raise ValueError(
                 "`keep_best_checkpoint` chooses among the checkpoints, but `save_strategy='no'` writes none. Set it to 'steps'."
@@ -370,8 +411,23 @@ class SCoReConfig(GRPOConfig):
 
     @property
     def num_offline(self) -> int:
-        """Rollouts of each problem that have a stored first attempt."""
-        return round(self.offline_first_attempts * self.num_generations)
+        """Rollouts of each problem that have a stored first attempt, which as many share as share a sampled one."""
+        shared = self.second_attempts_per_first
+        return round(self.offline_first_attempts * self.num_generations / shared) * shared
+
+    def _check_tree(self):
+        shared = self.second_attempts_per_first
+        if shared < 1 or self.num_attempts == 1:
+            raise ValueError(
+                f"`second_attempts_per_first={shared}` is the number of second attempts at each first one, with "
+                f"`num_attempts={self.num_attempts}`. Set it to 1 or more, and to 1 for single-attempt RL."
+            )
+        if self.num_generations % shared or self.num_generations < 2 * shared:
+            raise ValueError(
+                f"`num_generations={self.num_generations}` rollouts per problem do not divide into two or more runs of "
+                f"`second_attempts_per_first={shared}`, and a single first attempt would have no baseline. Set "
+                f"`num_generations` to a multiple of {shared}, {2 * shared} or more."
+            )
 
     def _check_previous(self):
         if self.num_attempts < 3 or self.stage1_steps == 0 or self.stage1_beta == 0:

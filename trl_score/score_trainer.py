@@ -37,13 +37,14 @@ from .model_card import write_model_card
 from .objective import (
     balanced_stage1_beta,
     kl_weights,
-    leave_one_out_advantages,
     mixed_reference,
     resolve_stage1_steps,
     shaped_rewards,
+    shared_first_credit,
     spread_to_tokens,
     stage_at,
     sum_per_attempt,
+    tree_advantages,
     whitened_advantages,
 )
 from .rollout import Bridge, Rollouts, decode_attempts, roll_out
@@ -53,7 +54,7 @@ from .snapshot import Snapshot
 
 logger = get_logger(__name__)
 
-STAGE1_BETA_FILE, PREVIOUS_FILE = "stage1_beta.json", "stage1_reference.pt"  # in a checkpoint
+STATE_FILE, PREVIOUS_FILE = "score_state.json", "stage1_reference.pt"  # in a checkpoint
 ROWS_CHECKED = 10_000  # prompts tokenized at construction to check the context length
 
 
@@ -184,6 +185,7 @@ class SCoReTrainer(GRPOTrainer):
         self._attempt_rewards: list[Tensor] = []  # per attempt, of all processes: (B, number of reward functions)
         self._attempt: int | None = None
         self._stage1_beta = args.stage1_beta  # of the next batch
+        self._num_generated_tokens = 0  # of all processes, in training
         self._previous: Snapshot | None = None  # what Stage I(b) and later ones hold to
         if args.stage1_reference == "previous" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
@@ -244,6 +246,13 @@ class SCoReTrainer(GRPOTrainer):
         """Attempts in a rollout, in training or in evaluation."""
         return self.args.num_attempts if self.model.training else self.args.num_attempts_eval
 
+    @property
+    def second_attempts_per_first(self) -> int:
+        """Rollouts that share a first attempt: consecutive ones, all on one process. 1 in evaluation."""
+        if not self.model.training or self._stage_and_target()[0] < self.args.second_attempts_from_stage:
+            return 1
+        return self.args.second_attempts_per_first
+
     def _stage_and_target(self) -> tuple[int, int]:
         max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
         stage1_steps = resolve_stage1_steps(self.args.stage1_steps, max_steps)
@@ -288,12 +297,13 @@ class SCoReTrainer(GRPOTrainer):
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         mode = "train" if self.model.training else "eval"
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        # The rollouts of a problem share their prompt, but each has a first attempt of its own.
+        # The rollouts of a problem share their prompt, but not their first attempt, unless they are asked to.
+        partly = mode == "train" and (self.args.num_offline > 0 or self.second_attempts_per_first > 1)
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         self._check_length(max(map(len, prompt_ids)))
 
         def generate(contexts, attempt):
-            if attempt == 1 and mode == "train" and self.args.num_offline:  # on all processes alike
+            if attempt == 1 and partly:
                 return self._sample_or_take(contexts)
             return self._generate_single_turn(contexts, None, {}, num_generations=group_size if attempt == 1 else 1)
 
@@ -346,6 +356,7 @@ class SCoReTrainer(GRPOTrainer):
                 order = list(range(len(row["first_attempts"])))
                 random.Random(f"{self.args.seed} {self.state.global_step} {row['prompt']}").shuffle(order)
                 rank = index % self.num_generations - (self.num_generations - self.args.num_offline)
+                rank //= self.second_attempts_per_first
                 ids = self._attempt_tokens(row["first_attempts"][order[rank % len(order)]])
             stored.append(ids)
         return stored
@@ -355,19 +366,24 @@ class SCoReTrainer(GRPOTrainer):
         return self._tokenizer(text=attempt, add_special_tokens=False)["input_ids"] if is_text else list(attempt)
 
     def _sample_or_take(self, contexts: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None]:
-        """First attempts: the stored ones, and for the other rows sampled ones."""
+        """First attempts: the stored ones, and for the other rows sampled ones, each for all rows that share it."""
         attempts = list(self._stored)
         logprobs = [[0.0] * len(ids or []) for ids in attempts]
-        online = [i for i, ids in enumerate(attempts) if ids is None]
+        shared = self.second_attempts_per_first
+        online = [i for i in range(0, len(contexts), shared) if attempts[i] is None]
         # Generation can be collective, so every process asks for as many as the one that needs most.
         size, processes = len(contexts), self.accelerator.num_processes
-        most = max(sum(not self._is_offline(p * size + i) for i in range(size)) for p in range(processes))
+        most = max(sum(not self._is_offline(p * size + i) for i in range(0, size, shared)) for p in range(processes))
         if most:
             rows = online + [0] * (most - len(online))
-            sampled, values = self._generate_single_turn([contexts[i] for i in rows], None, {}, num_generations=1)
-            for position, i in enumerate(online):
-                attempts[i] = sampled[position]
-                logprobs[i] = values[position] if values is not None else []
+            group_size = 1 if self.args.num_offline else self.num_generations // shared
+            sampled, values = self._generate_single_turn(
+                [contexts[i] for i in rows], None, {}, num_generations=group_size
+            )
+            for position, first in enumerate(online):
+                for i in range(first, first + shared):
+                    attempts[i] = sampled[position]
+                    logprobs[i] = values[position] if values is not None else []
         return attempts, logprobs if self.use_vllm else None
 
     @contextmanager
@@ -489,7 +505,8 @@ class SCoReTrainer(GRPOTrainer):
             # Not sampled from the policy, so neither trained nor in the baseline of those that are.
             credit[[self._is_offline(index) for index in range(len(credit))], 0] = torch.nan
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        advantages = leave_one_out_advantages(credit, group_size)  # (B of all processes, K)
+        credit = shared_first_credit(credit, self.second_attempts_per_first)
+        advantages = tree_advantages(credit, group_size, self.second_attempts_per_first)  # (B of all processes, K)
         if self.args.whiten_advantages:
             advantages = whitened_advantages(advantages, credited=~credit.isnan())
         if adapt:
@@ -583,6 +600,9 @@ class SCoReTrainer(GRPOTrainer):
         if self.num_attempts > 1:
             columns.append(attempt_changes(rollouts.attempts))
             names += ["edit_distance_ratio", "changed_ratio"]
+        if mode == "train":
+            self._count_generated_tokens(rewards.device)
+        metrics["num_generated_tokens"] = [self._num_generated_tokens]
         values = self.accelerator.gather(torch.cat(columns, dim=1).to(rewards.device))
         for name, column in zip(names, values.T, strict=True):
             metrics[name].extend(column.tolist())
@@ -595,6 +615,15 @@ class SCoReTrainer(GRPOTrainer):
         for k in range(self.num_attempts):
             self._logs["extra"][f"reward/attempt_{k + 1}"].extend(rewards[:, k].tolist())
             self._logs["extra"][f"advantage/attempt_{k + 1}"].extend(advantages[:, k].tolist())
+
+    def _count_generated_tokens(self, device: torch.device):
+        """What the policy has sampled: no bridges, no stored first attempts, and shared ones once."""
+        lengths = [[len(ids) for ids in row] for row in self._rollouts.attempts]
+        for i, stored in enumerate(self._stored):
+            if stored is not None or i % self.second_attempts_per_first:
+                lengths[i][0] = 0
+        count = torch.tensor(sum(map(sum, lengths)), device=device)
+        self._num_generated_tokens += self.accelerator.gather(count).sum().item()
 
     # Loss
 
@@ -631,8 +660,9 @@ class SCoReTrainer(GRPOTrainer):
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             torch.save(self._buffered_inputs, self._rollouts_file(self._get_output_dir(trial), self.state.global_step))
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.adaptive_stage1_beta and self.args.should_save:
-            (folder / STAGE1_BETA_FILE).write_text(json.dumps(self._stage1_beta))
+        if self.args.should_save:
+            state = {"stage1_beta": self._stage1_beta, "num_generated_tokens": self._num_generated_tokens}
+            (folder / STATE_FILE).write_text(json.dumps(state))
         if self._previous is not None and self.args.should_save:
             torch.save(vars(self._previous), folder / PREVIOUS_FILE)
 
@@ -644,9 +674,12 @@ class SCoReTrainer(GRPOTrainer):
         path = self._rollouts_file(Path(checkpoint).parent, self.state.global_step)
         if path.exists():
             self._buffered_inputs = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        path = Path(checkpoint, STAGE1_BETA_FILE)
-        if self.args.adaptive_stage1_beta and path.exists():
-            self._stage1_beta = json.loads(path.read_text())
+        path = Path(checkpoint, STATE_FILE)
+        if path.exists():
+            state = json.loads(path.read_text())
+            self._num_generated_tokens = state["num_generated_tokens"]
+            if self.args.adaptive_stage1_beta:
+                self._stage1_beta = state["stage1_beta"]
         path = Path(checkpoint, PREVIOUS_FILE)
         if self.args.stage1_reference == "previous" and path.exists():
             self._previous = Snapshot(**torch.load(path, map_location=self.accelerator.device, weights_only=True))
