@@ -60,8 +60,9 @@ def test_sequence_kl_stands_in_the_advantages_and_not_in_the_loss(make_arithmeti
 def test_attempts_that_are_not_trained_are_left_alone_by_the_sequence_kl(make_arithmetic_trainer):
     """A stored first attempt has no KL, neither of its own nor in the baseline of the sampled ones."""
     trainer = make_arithmetic_trainer(
-        {"train_dataset": with_stored()}, offline_first_attempts=0.5, stage1_steps=4, beta=0.3, kl_level="sequence"
-    )
+        {"train_dataset": with_stored()}, offline_first_attempts=0.5, stage1_steps=4, beta=0.3, kl_level="sequence",
+        temperature=3.0,  # so that the sampled ones differ
+    )  # fmt: skip
     move(trainer)
     inputs = rollouts(trainer)
     ids, advantages = inputs["attempt_ids"], inputs["advantages"]
