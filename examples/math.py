@@ -7,7 +7,7 @@ Train a model to correct its own mathematics.
     accelerate launch examples/math.py
 
 trains the tiny embedded model on the embedded arithmetic task: no network, no GPU, about a minute on 2 CPU cores. Expect
-Accuracy@t2 to rise from 55 % to above 95 % on held-out problems.
+Accuracy@t2 to rise from 68 % to above 95 % on held-out problems.
 
     accelerate launch examples/math.py --task math --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \
         --use_peft --load_in_4bit --output_dir outputs/qwen

@@ -43,7 +43,7 @@ def main():
             "output_dir": str(folder / "out"),
             "correction_instruction": Arithmetic.correction_instruction,
             "max_completion_length": 8,
-            "learning_rate": 1.0,
+            "learning_rate": 0.1,
             "optim": "sgd",  # Adam would turn rounding of tiny gradients into whole steps
             "max_grad_norm": 0.1,
             "alpha": 2.0,

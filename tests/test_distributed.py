@@ -58,7 +58,9 @@ def test_two_processes_give_the_update_of_one(tmp_path, options):
         compared -= {"loss", "total_flos", "train_loss"}
         assert {"accuracy_t1", "reward_t2", "kl_t1", "kl_t2", "edit_distance_ratio", "stage"} <= compared
         for key in compared:
-            assert got[key] == pytest.approx(expected[key], abs=2e-5, rel=1e-5), key
+            # A rounding of the weights by 1e-7 moves the log-probability of an unlikely token by 1e-4.
+            tolerance = 1e-3 if key.startswith(("kl", "grad_norm")) else 1e-5
+            assert got[key] == pytest.approx(expected[key], abs=2e-5, rel=tolerance), key
     assert ("stage1_beta" in logs_of_one[0]) == ("adaptive_stage1_beta" in options)
     assert {log["stage"] for log in logs_of_one} == {1, 2}
     assert any(log["completions/clipped_ratio_t2"] > 0 for log in logs_of_one)
