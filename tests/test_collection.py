@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -48,15 +47,12 @@ def test_two_processes_collect_what_one_does(tmp_path):
     """Each in a file of its own; then one process finds all of it done."""
     expected = collect(BASE, "arithmetic", **SETTINGS, output_dir=tmp_path / "one")
     arguments = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        f"--master_port={port}",
+        "--standalone",
         "-m",
         "trl_score.cli",
     ]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +17,8 @@ WORKER = Path(__file__).parent / "distributed_worker.py"
 def run(folder, num_processes, **settings):
     """Train in `num_processes` gloo processes; the logs and the weights."""
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
-    command += [f"--master_port={port}", str(WORKER), str(folder), json.dumps(settings | {"max_steps": STEPS})]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    command += [str(WORKER), str(folder), json.dumps(settings | {"max_steps": STEPS})]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from trl_score.evaluation import Store
-from trl_score.report import collect, write_report
+from trl_score.report import find, write_report
 
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
@@ -70,11 +70,13 @@ def folders(tmp_path):
 
 def test_everything_is_found_also_in_the_folder_above(folders, tmp_path):
     for given in (folders, [tmp_path]):
-        found = collect(given)
+        found = find(given)
         assert (
             found.evaluations.keys() == {"base", "score"} and found.runs.keys() == {"run"} and len(found.scalings) == 1
         )
-    assert collect([folders[0], folders[0]]).evaluations.keys() == {"base", "base (base)"}
+    assert find([folders[0], folders[0]]).evaluations.keys() == {"base"}
+    other = shutil.copytree(folders[0], folders[0].parent / "other")
+    assert find([folders[0], other]).evaluations.keys() == {"base", "base (other)"}
 
 
 def test_page_has_tables_and_figures_and_needs_nothing_else(folders, tmp_path):
@@ -188,3 +190,14 @@ def test_two_thousand_rollouts_stay_responsive(tmp_path, open_page):
     page.click("#after")
     assert "1000 rollouts, page 2 of 40" in page.inner_text("#where")
     assert time.monotonic() - started < 10 and page.faults == []
+
+
+def test_a_folder_is_shown_once_and_collections_are_left_out(tmp_path):
+    run = tmp_path / "run"
+    save_evaluation(run / "evaluation", "me/base", [[False, True], [True, True]])
+    save_evaluation(run / "rollouts-1", "me/base", [[False, True], [True, True]])
+    settings = run / "rollouts-1" / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"token_ids": True}))
+    assert list(find([run / "evaluation", run]).evaluations) == ["base"]
+    with pytest.raises(FileNotFoundError, match="holds no evaluation"):
+        find([run / "rollouts-1"])

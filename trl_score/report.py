@@ -58,22 +58,28 @@ def _unique(name: str, folder: Path, taken: dict) -> str:
     return name
 
 
-def collect(folders: list[str | Path]) -> Found:
+def find(folders: list[str | Path]) -> Found:
     """
     Read evaluations (`settings.json`), training runs (`trainer_state.json`) and scaling studies (`scaling.json`) from folders
-    and from the folders directly in them.
+    and from the folders directly in them, each once. Collections of rollouts to learn from are left out.
 
     Raises:
         `FileNotFoundError`: If a folder holds none of them.
     """
-    found = Found()
+    found, seen = Found(), set()
     for given in map(Path, folders):
         if not given.is_dir():
             raise FileNotFoundError(f"'{given}' is no folder.")
+        if given.resolve() in seen:
+            continue
         before = [len(found.evaluations), len(found.runs), len(found.scalings)]
         inside = sorted(path for path in given.iterdir() if path.is_dir() and not path.name.startswith("checkpoint-"))
+        shown = any(folder.resolve() in seen for folder in inside)
         for folder in [given, *inside]:
-            if (folder / SETTINGS).exists() and not (folder.parent / SCALING).exists():
+            if folder.resolve() in seen:
+                continue
+            seen.add(folder.resolve())
+            if is_evaluation(folder):
                 evaluation = load_evaluation(folder)
                 name = _unique(Path(evaluation.settings["model"]).name + evaluation.mode, folder, found.evaluations)
                 found.evaluations[name] = evaluation
@@ -85,11 +91,19 @@ def collect(folders: list[str | Path]) -> Found:
                 study = json.loads((folder / SCALING).read_text("utf-8"))
                 name = _unique(Path(study["settings"]["model"]).name, folder, found.scalings)
                 found.scalings[name] = study["budgets"]
-        if before == [len(found.evaluations), len(found.runs), len(found.scalings)]:
+        if not shown and before == [len(found.evaluations), len(found.runs), len(found.scalings)]:
             raise FileNotFoundError(
                 f"'{given}' holds no evaluation ({SETTINGS}), training run ({STATE}) or scaling study ({SCALING})."
             )
     return found
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Not the rollouts of a scaling study, nor a collection."""
+    file = folder / SETTINGS
+    if not file.exists() or (folder.parent / SCALING).exists():
+        return False
+    return not json.loads(file.read_text("utf-8")).get("token_ids")
 
 
 # --- figures ---
@@ -279,7 +293,7 @@ def write_report(
     Raises:
         `FileNotFoundError`: If a folder holds nothing to report.
     """
-    found = collect(folders)
+    found = find(folders)
     made = figures(found)
     if figure_dir is not None:
         folder = Path(figure_dir)
