@@ -273,7 +273,7 @@ def test_star_interrupted_in_its_second_iteration_ends_with_the_same_weights(tmp
     assert [name.split("/")[-1] for name in sampled] == ["arithmetic_base", "iteration-1", "iteration-2"]
 
     monkeypatch.setattr(baselines, "fine_tune", None)
-    assert run_baseline(model, TASK, arguments(), sft) == result  # finished: nothing is done again
+    assert run_baseline(model, TASK, arguments(num_eval_problems=5), sft) == result  # finished: nothing is done again
     with pytest.raises(ValueError, match="holds another baseline: plus True instead of False"):
         run_baseline(model, TASK, arguments(plus=False), sft)
 
@@ -291,6 +291,11 @@ def test_pair_sft_trains_an_adapter_once(sft):
 def test_a_held_out_problem_is_not_learnt_from(sft):
     with pytest.raises(ValueError, match="A problem of the test split is among those to learn from"):
         run_baseline(ModelConfig(BASE), TASK, arguments(), sft, held_out=TASK.load("train").select([59]))
+
+
+def test_an_adapter_cannot_be_sampled_by_vllm(sft):
+    with pytest.raises(ValueError, match="samples from whole models, and `use_peft=True` trains an adapter"):
+        run_baseline(ModelConfig(BASE, use_peft=True), TASK, arguments(backend="vllm"), sft)
 
 
 def test_a_trace_that_would_be_cut_is_refused(sft):

@@ -279,11 +279,19 @@ def run_baseline(
         `steps`, and its `seconds`; `attempts_sampled`, in all. Also written to `baseline.json`.
 
     Raises:
-        `ValueError`: If nothing can be learnt, a trace does not fit `max_length`, or a held-out problem was sampled.
+        `ValueError`: If nothing can be learnt, a trace does not fit `max_length`, a held-out problem was sampled, the settings
+            cannot work together, or the output folder holds another baseline.
     """
+    if arguments.backend == "vllm" and model_args.use_peft:
+        raise ValueError(
+            "`backend='vllm'` samples from whole models, and `use_peft=True` trains an adapter. Set `backend='transformers'`, or "
+            "fine-tune the model itself."
+        )
     output_dir, base = Path(args.output_dir), model_args.model_name_or_path
     sft = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
     settings = {"model": base, **asdict(arguments), **{name: getattr(args, name) for name in sft}}
+    for name in ("eval_task", "num_eval_problems", "data_dir"):  # nothing that is trained depends on them
+        del settings[name]
     result = resume(output_dir / RESULT, settings)
     tokenizer = AutoTokenizer.from_pretrained(base, revision=model_args.model_revision)
     instruction = arguments.correction_instruction or task.correction_instruction
