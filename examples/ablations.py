@@ -5,7 +5,7 @@
 The paper's comparison on the embedded task: base model, Self-Refine, Pair-SFT, STaR, the ablations of SCoRe, and SCoRe, at equal
 numbers of sampled attempts and optimizer steps, over several seeds.
 
-    python examples/ablations.py          # five seeds: about an hour and a half on 2 CPU cores
+    python examples/ablations.py          # five seeds: about an hour on 2 CPU cores
     python examples/ablations.py --quick  # one seed: about ten minutes
 
 writes tables with intervals and figures to `results.md` in the output folder. Runs that are done are kept, so it can be
