@@ -272,8 +272,10 @@ def judge(job_file: int, pool: socket.socket, backend: str, around_fork, base: i
             finished, early = os.waitpid(process, os.WNOHANG)
             if not finished:
                 os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
-            elif process == processes[0]:
+                early = os.waitpid(process, 0)[1]
+                if early == signal.SIGKILL:  # ours; another one means that it was ending already
+                    continue
+            if process == processes[0]:
                 status = early
         for file in files:
             os.close(file)
