@@ -4,6 +4,7 @@ Collecting rollouts of a model on training problems: for the baselines that fine
 """
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -87,10 +88,8 @@ def collect(
         "token_ids": True,
     }
     store = Store(output_dir, settings)
-    todo = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
-    if len(store.done) < len(todo):
-        sampler = as_sampler(model, backend, tokenizer, **kwargs)
-        run(sampler, task, rows, todo, store, [instruction], num_attempts, decoding, batch_size, seed)
+    make_sampler = partial(as_sampler, model, backend, tokenizer, **kwargs)
+    run(make_sampler, task, rows, num_samples, store, [instruction], num_attempts, decoding, batch_size, seed)
     return store.all_rollouts()
 
 

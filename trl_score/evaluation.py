@@ -11,8 +11,9 @@ import logging
 import math
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -184,18 +185,16 @@ def evaluate_self_correction(
         "seed": seed,
     }
     store = Store(output_dir, settings)
-    todo = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
-    if len(store.done) < len(todo):
-        sampler = as_sampler(model, backend, tokenizer, **kwargs)
-        run(sampler, task, rows, todo, store, list(turns.values()), num_attempts, decoding, batch_size, seed)
+    make_sampler = partial(as_sampler, model, backend, tokenizer, **kwargs)
+    run(make_sampler, task, rows, num_samples, store, list(turns.values()), num_attempts, decoding, batch_size, seed)
     return store.finish()
 
 
 def run(
-    sampler: Sampler,
+    make_sampler: Callable[[], Sampler],
     task: Task,
     rows: Dataset,
-    todo: list[tuple[int, int]],
+    num_samples: int,
     store: "Store",
     turns: list[str],
     num_attempts: int,
@@ -206,8 +205,12 @@ def run(
     """
     Make and grade the rollouts that the store has not, in batches of prompts of like length, the longest first. `turns` are
     what the user says from an attempt to the next: the correction instruction, or the two of Self-Refine, whose feedback is
-    between them. Of several processes each takes its share of the batches.
+    between them. Of several processes each takes its share of the batches. Where nothing is left to do, no sampler is made.
     """
+    todo = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
+    if len(store.done) >= len(todo):
+        return
+    sampler = make_sampler()
     prompts = rows["prompt"]
     lengths = [sampler.length(prompt) for prompt in prompts]
     todo = sorted(todo, key=lambda item: (-lengths[item[0]], item))

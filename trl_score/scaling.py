@@ -151,10 +151,8 @@ def inference_scaling(
     )
     rows = first(task.load(split), limit)
     others = Store(folder / "parallel", {**corrected.settings, "num_attempts": 1, "seed": seed + 1})
-    todo = [(index, sample) for index in range(len(rows)) for sample in range(max_budget // 2)]
-    if len(others.done) < len(todo):
-        instruction = correction_instruction or task.correction_instruction
-        run(sampler, task, rows, todo, others, [instruction], 1, decoding, batch_size, seed + 1)
+    instruction = correction_instruction or task.correction_instruction
+    run(lambda: sampler, task, rows, max_budget // 2, others, [instruction], 1, decoding, batch_size, seed + 1)
     result = votes(task, corrected.rollouts, others.all_rollouts(), max_budget)
     (folder / SCALING).write_text(json.dumps({"settings": corrected.settings, "budgets": result}, indent=2), "utf-8")
     return result
