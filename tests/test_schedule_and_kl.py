@@ -238,3 +238,48 @@ def test_whitened_advantages_have_the_deviation_one_in_each_attempt(make_arithme
         assert (~advantages.isnan()).sum() == credited
         assert advantages.nanmean().item() == pytest.approx(0.0, abs=1e-4)
         assert advantages.square().nanmean().item() == pytest.approx(1.0, abs=1e-3)
+
+
+# Learning rate of Stage II
+
+
+def learning_rates(trainer, **kwargs):
+    trainer.train(**kwargs)
+    return [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1, 1, 0.25, 0.25, 0.25]),
+        ({"stage1_cycles": 3}, [1, 0.25, 1, 0.25, 1, 0.25]),
+        ({"lr_scheduler_type": "linear"}, [1, 5 / 6, 4 / 6, 3 / 24, 2 / 24, 1 / 24]),
+    ],
+    ids=["sequential", "alternating", "linear"],
+)
+def test_stage_two_has_its_own_learning_rate(make_arithmetic_trainer, options, expected):
+    options = {"max_steps": 6, "stage1_steps": 3, "learning_rate": 4e-4, "stage2_learning_rate": 1e-4} | options
+    assert learning_rates(make_arithmetic_trainer(**options)) == pytest.approx([4e-4 * rate for rate in expected])
+
+
+def test_learning_rate_of_stage_two_is_right_after_a_resume(make_arithmetic_trainer, tmp_path):
+    options = {
+        "max_steps": 4,
+        "stage1_steps": 2,
+        "learning_rate": 4e-4,
+        "stage2_learning_rate": 1e-4,
+        "save_strategy": "steps",
+    }
+    make_arithmetic_trainer(**options, save_steps=1, output_dir=str(tmp_path)).train()
+    for step in (1, 2, 3):
+        trainer = make_arithmetic_trainer(**options, output_dir=str(tmp_path))
+        found = learning_rates(trainer, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert found == pytest.approx([4e-4, 4e-4, 1e-4, 1e-4])
+
+
+def test_a_given_scheduler_and_a_learning_rate_of_stage_two_are_refused(make_arithmetic_trainer):
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(ValueError, match="`optimizers` has a scheduler of its own"):
+        make_arithmetic_trainer({"optimizers": (optimizer, scheduler)}, stage2_learning_rate=1e-4)

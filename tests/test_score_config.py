@@ -57,6 +57,16 @@ BAD_CONFIGURATIONS = [
     ),
     ({"stage_schedule": "joint", "stage1_steps": 0, "num_attempts": 1}, "but `num_attempts=1` has none"),
     ({"stage_schedule": "joint", "beta": 0.0}, "`beta=0.0` makes TRL load none"),
+    (
+        {"stage2_learning_rate": -1e-6},
+        "`stage2_learning_rate=-1e-06` with `learning_rate=5e-06`: set the first to 0 or",
+    ),
+    ({"stage2_learning_rate": 1e-6, "stage1_steps": 0}, "is for runs of two stages, but `stage1_steps=0` leaves one"),
+    ({"stage2_learning_rate": 1e-6, "stage_schedule": "joint"}, "but `stage_schedule=joint` leaves one"),
+    (
+        {"stage2_learning_rate": 1e-6, "lr_scheduler_type": "greedy"},
+        "`lr_scheduler_type='greedy'` sets the learning rate by",
+    ),
     ({"stage1_cycles": 0, "max_steps": 8}, "`stage1_cycles=0` divides the run's steps, `max_steps=8`"),
     ({"stage1_cycles": 2}, "`stage1_cycles=2` divides the run's steps, `max_steps=-1`"),
     ({"stage1_cycles": 5, "max_steps": 8}, "leaves 0.8 optimizer steps to the shortest stage of a cycle"),

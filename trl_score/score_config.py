@@ -105,6 +105,9 @@ class SCoReConfig(GRPOConfig):
 
         learning_rate (`float`, *optional*, defaults to `5e-6`):
             The paper uses 1e-5 for MBPP.
+        stage2_learning_rate (`float`, *optional*):
+            Learning rate of Stage II, if another than Stage I's (the paper has one for both). The schedule of
+            `lr_scheduler_type` goes on over the whole run, times their ratio.
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             The paper keeps the learning rate fixed.
         loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
@@ -115,6 +118,12 @@ class SCoReConfig(GRPOConfig):
     """
 
     learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
+    stage2_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of Stage II, if another than Stage I's. The schedule goes on, times their ratio."
+        },
+    )
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "The learning rate schedule. The paper keeps the learning rate fixed."}
     )
@@ -343,6 +352,8 @@ class SCoReConfig(GRPOConfig):
                 f"`adaptive_stage1_beta` has nothing to adapt with `stage1_beta={self.stage1_beta}` and "
                 f"`stage1_steps={self.stage1_steps}`. Set both above 0; the paper starts from 0.1."
             )
+        if self.stage2_learning_rate is not None:
+            self._check_stage2_learning_rate(joint)
         if self.stage1_reference not in ("base", "previous"):
             raise ValueError(f"Unknown `stage1_reference={self.stage1_reference!r}`. Set it to 'base' or 'previous'.")
         if self.stage1_reference == "previous":
@@ -427,6 +438,23 @@ class SCoReConfig(GRPOConfig):
                 f"`num_generations={self.num_generations}` rollouts per problem do not divide into two or more runs of "
                 f"`second_attempts_per_first={shared}`, and a single first attempt would have no baseline. Set "
                 f"`num_generations` to a multiple of {shared}, {2 * shared} or more."
+            )
+
+    def _check_stage2_learning_rate(self, joint: bool):
+        if self.stage2_learning_rate < 0 or self.learning_rate <= 0:
+            raise ValueError(
+                f"`stage2_learning_rate={self.stage2_learning_rate}` with `learning_rate={self.learning_rate}`: set the first to "
+                "0 or above and the second above 0."
+            )
+        if self.stage1_steps == 0:
+            raise ValueError(
+                f"`stage2_learning_rate={self.stage2_learning_rate}` is for runs of two stages, but "
+                f"{'`stage_schedule=joint`' if joint else '`stage1_steps=0`'} leaves one. Set `learning_rate` instead."
+            )
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` sets the learning rate by what it sees, not by the step, so "
+                "`stage2_learning_rate` cannot scale it. Use another schedule, 'constant' for instance."
             )
 
     def _check_previous(self):

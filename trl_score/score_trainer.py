@@ -152,6 +152,11 @@ class SCoReTrainer(GRPOTrainer):
         }.items():
             if value is not None:
                 raise ValueError(f"`{name}` is not supported by SCoRe, whose rollout is the attempts. Leave it out.")
+        if args.stage2_learning_rate is not None and optimizers[1] is not None:
+            raise ValueError(
+                "`stage2_learning_rate` scales the schedule of `lr_scheduler_type`, but `optimizers` has a scheduler of its own. "
+                "Leave one of the two out."
+            )
         check_datasets(train_dataset, eval_dataset, args)
         check_model(model, args)
 
@@ -255,14 +260,25 @@ class SCoReTrainer(GRPOTrainer):
 
     def _stage_and_target(self) -> tuple[int, int]:
         max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
+        return self._stage_at(self.state.global_step, max_steps)
+
+    def _stage_at(self, step: int, max_steps: int) -> tuple[int, int]:
         stage1_steps = resolve_stage1_steps(self.args.stage1_steps, max_steps)
         return stage_at(
-            self.state.global_step,
-            stage1_steps,
-            self.args.num_attempts,
-            cycles=self.args.stage1_cycles,
-            max_steps=max_steps,
+            step, stage1_steps, self.args.num_attempts, cycles=self.args.stage1_cycles, max_steps=max_steps
         )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        created = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if created and self.args.stage2_learning_rate is not None:
+            ratio = self.args.stage2_learning_rate / self.args.learning_rate
+
+            def scaled(schedule):
+                return lambda step: schedule(step) * (ratio if self._stage_at(step, num_training_steps)[0] == 2 else 1)
+
+            scheduler.lr_lambdas = [scaled(schedule) for schedule in scheduler.lr_lambdas]
+        return scheduler
 
     # Rollout
 
