@@ -5,8 +5,10 @@
 The paper's comparison on the embedded task: base model, Self-Refine, Pair-SFT, STaR, the ablations of SCoRe, and SCoRe, at equal
 numbers of sampled attempts and optimizer steps, over several seeds.
 
-    python examples/ablations.py          # five seeds: about an hour on 2 CPU cores
-    python examples/ablations.py --quick  # one seed: about ten minutes
+    python examples/ablations.py                  # five seeds: about an hour on 2 CPU cores
+    python examples/ablations.py --quick          # one seed: about ten minutes
+    python examples/ablations.py --study options  # what SCoReConfig offers beside the paper's recipe, and what it costs in tokens
+    python examples/ablations.py --study three    # three attempts
 
 writes tables with intervals and figures to `results.md` in the output folder. Runs that are done are kept, so it can be
 interrupted. `--methods` runs some of them, `--stage1_steps 20 40 60` with several lengths of Stage I, `--model_name_or_path`
@@ -27,8 +29,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from trl_score.comparison import comparison_table, curves_figure, edit_distances_figure
-from trl_score.evaluation import Evaluation, evaluate_self_correction
+from trl_score.comparison import (
+    comparison_table,
+    curves,
+    curves_figure,
+    edit_distances_figure,
+    tokens_figure,
+    tokens_until,
+)
+from trl_score.evaluation import Evaluation, evaluate_self_correction, load_rollouts
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
@@ -50,15 +59,49 @@ ABLATIONS = {
     "gamma = 0.8, alpha = 1": ["--gamma", "0.8", "--alpha", "1"],
     "gamma = 1": ["--gamma", "1"],
 }
-METHODS = ["base", "Self-Refine", *BASELINES, *ABLATIONS, "SCoRe"]
-WITHOUT_STAGE1 = {"base", "Self-Refine", *BASELINES, "single-attempt RL", "no Stage I, no bonus", "no Stage I"}
+OPTIONS = {  # each changes one thing of the recipe
+    "adaptive beta2": ["--adaptive_stage1_beta", "true"],
+    "two cycles": ["--stage1_cycles", "2"],
+    "alternating steps": [],  # as many cycles as there are pairs of steps
+    "joint schedule": ["--stage_schedule", "joint"],
+    "whitened advantages": ["--whiten_advantages", "true"],
+    "sequence-level KL": ["--kl_level", "sequence"],
+    "offline first attempts, half": ["--offline_first_attempts", "0.5"],
+    "two second attempts per first": ["--second_attempts_per_first", "2", "--second_attempts_from_stage", "2"],
+    "half the rollouts": [],
+    "two updates per batch": ["--num_iterations", "2"],
+    "offline half, two updates": ["--offline_first_attempts", "0.5", "--num_iterations", "2"],
+}
+STORED = 8  # first attempts at each problem, for half of the rollouts
+THREE = {
+    "three attempts": ["--num_attempts", "3"],
+    "three attempts, I(b) to I(a)": ["--num_attempts", "3", "--stage1_reference", "previous"],
+}
+STUDIES = {
+    "paper": ["base", "Self-Refine", *BASELINES, *ABLATIONS, "SCoRe"],
+    "options": ["base", *OPTIONS, "SCoRe"],
+    "three": ["base", *THREE, "SCoRe"],
+}
+CHANGES = ABLATIONS | OPTIONS | THREE
+NOT_TRAINED = ("base", "Self-Refine")
+WITHOUT_STAGE1 = {
+    *NOT_TRAINED,
+    *BASELINES,
+    "single-attempt RL",
+    "no Stage I, no bonus",
+    "no Stage I",
+    "joint schedule",
+}
+TARGET = 0.95  # Accuracy@t2 at held-out problems, for the tokens that it takes
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="0 1 2 3 4 by default")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD")
+    parser.add_argument("--study", choices=STUDIES, default="paper", help="which methods")
+    every = list(dict.fromkeys(method for methods in STUDIES.values() for method in methods))
+    parser.add_argument("--methods", nargs="+", default=None, choices=every, metavar="METHOD", help="some of them")
     parser.add_argument("--model_name_or_path", nargs="+", default=[str(BASE_MODEL_PATH)])
     parser.add_argument("--stage1_steps", type=int, nargs="+", default=[20])
     parser.add_argument("--max_steps", type=int, default=90)
@@ -66,17 +109,19 @@ def main():
     parser.add_argument("--num_train_problems", type=int, default=500)
     parser.add_argument("--num_eval_problems", type=int, default=1000)
     parser.add_argument("--num_parallel", type=int, default=2, help="runs at a time")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablations"))
+    parser.add_argument("--output_dir", type=Path, default=None, help="outputs/ablations/STUDY by default")
     args = parser.parse_args()
+    args.output_dir = args.output_dir or Path("outputs/ablations", args.study)
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
+    methods = args.methods or STUDIES[args.study]
 
     groups = {}  # (model, method, steps of Stage I) -> folder of each seed
     for model in args.model_name_or_path:
-        for method in args.methods:
+        for method in methods:
             for steps in [None] if method in WITHOUT_STAGE1 else args.stage1_steps:
                 name = "-".join(map(str, filter(None, [Path(model).name, method.replace(" ", "_"), steps])))
                 folders = [args.output_dir / f"{name}-{seed}" for seed in seeds]
-                groups[model, method, steps] = folders[:1] if method in ("base", "Self-Refine") else folders
+                groups[model, method, steps] = folders[:1] if method in NOT_TRAINED else folders
     jobs = [
         (args, *key, seed, folder)
         for key, folders in groups.items()
@@ -94,11 +139,16 @@ def main():
             if of_model == model
         }
         found = {name: [by_folder[folder] for folder in folders] for name, folders in named.items()}
-        text += ["", f"## {Path(model).name}", "", comparison_table(found)]
         trained = {name: folders for name, folders in named.items() if (folders[0] / "rl.json").exists()}
-        figures = {"edit_distances": edit_distances_figure(found)}
-        if trained:
-            figures["accuracy"] = curves_figure(trained)
+        columns, figures = None, {}
+        if args.study == "paper":
+            figures["edit_distances"] = edit_distances_figure(found)
+            if trained:
+                figures["accuracy"] = curves_figure(trained)
+        elif args.study == "options" and trained:
+            before = {name: stored_tokens(folders[0]) for name, folders in trained.items()}
+            columns, figures["tokens"] = token_columns(trained), tokens_figure(trained, before)
+        text += ["", f"## {Path(model).name}", "", comparison_table(found, more=columns)]
         for name, figure in figures.items():
             file = args.output_dir / f"{Path(model).name}_{name}.png"
             figure.savefig(file, dpi=150)
@@ -119,8 +169,9 @@ def run(args, model: str, method: str, steps: int | None, seed: int, folder: Pat
             if code:
                 raise RuntimeError(f"{' '.join(command)} failed, see {folder / 'log.txt'}")
     evaluation = evaluate_self_correction(
-        model if method in ("base", "Self-Refine") else str(folder),
+        model if method in NOT_TRAINED else str(folder),
         Arithmetic(args.num_train_problems),
+        num_attempts=3 if args.study == "three" else 2,
         self_refine=method == "Self-Refine",
         max_completion_length=8,
         batch_size=500,
@@ -136,13 +187,18 @@ def run(args, model: str, method: str, steps: int | None, seed: int, folder: Pat
 def commands(args, model: str, method: str, steps: int | None, seed: int, folder: Path) -> list[list[str]]:
     """What trains a method, in processes one after the other."""
     attempts = args.max_steps * args.rollouts_per_step * 2 // args.num_train_problems  # sampled for each problem
-    shared = ["--seed", seed, "--num_train_problems", args.num_train_problems, "--num_eval_problems", 0]
+    shared = ["--seed", seed, "--num_train_problems", args.num_train_problems]
+    if args.study == "options":
+        shared += ["--num_eval_problems", args.num_eval_problems, "--eval_strategy", "steps", "--eval_steps", 5]
+    else:
+        shared += ["--num_eval_problems", 0]
     rl = [HERE / "math.py", "--config", HERE / "configs" / "arithmetic.yaml", *shared, "--max_steps", args.max_steps]
     rl += ["--model_name_or_path", model, "--output_dir", folder, "--stage1_steps", steps or 0]
     rl += ["--per_device_train_batch_size", args.rollouts_per_step * (2 if method == "single-attempt RL" else 1)]
     sft = [HERE / "baselines.py", "--config", HERE / "configs" / "arithmetic_baselines.yaml", *shared]
     sft += ["--output_dir", folder]
-    if method in ("base", "Self-Refine"):
+    rl += CHANGES.get(method, [])
+    if method in NOT_TRAINED:
         found = []
     elif method in BASELINES:
         pairs = "pair_sft" in BASELINES[method]
@@ -154,16 +210,48 @@ def commands(args, model: str, method: str, steps: int | None, seed: int, folder
         budget = ["--num_samples", max(6, attempts * left // args.max_steps), "--max_steps", max(1, left // 3)]
         stage1 = [*rl, "--max_steps", steps, "--output_dir", folder / "stage1"]
         found = [stage1, [*sft, *budget, "--model_name_or_path", folder / "stage1"]]
-    elif method == "no online first attempts":
-        first = ["-m", "trl_score.cli", "collect", "--model", model, "--task", "arithmetic", "--num_attempts", 1]
-        first += ["--num_samples", attempts // 2, "--limit", args.num_train_problems, "--max_completion_length", 8]
-        first += ["--batch_size", 1000, "--seed", seed, "--output_dir", folder / "first"]
-        found = [first, [*rl, *ABLATIONS[method], "--first_attempts", folder / "first"]]
     else:
-        found = [[*rl, *ABLATIONS.get(method, [])]]
-    if found and method not in (*BASELINES, "STaR in Stage II"):
+        found = []
+        if "--offline_first_attempts" in rl:
+            number = attempts // 2 if method == "no online first attempts" else STORED
+            first = ["-m", "trl_score.cli", "collect", "--model", model, "--task", "arithmetic", "--num_attempts", 1]
+            first += ["--num_samples", number, "--limit", args.num_train_problems, "--max_completion_length", 8]
+            first += ["--batch_size", 1000, "--seed", seed, "--output_dir", folder / "first"]
+            found, rl = [first], [*rl, "--first_attempts", folder / "first"]
+        if method == "alternating steps":
+            rl += ["--stage1_cycles", args.max_steps // 2, "--stage1_steps", args.max_steps // 2]
+        elif method == "two second attempts per first":  # as many tokens: a step of Stage II samples 3/4 of them
+            rl += ["--max_steps", steps + (args.max_steps - steps) * 4 // 3]
+        elif method == "half the rollouts":
+            rl += ["--per_device_train_batch_size", args.rollouts_per_step // 2]
+        elif method in THREE:  # another turn of Stage I, and as much again for Stage II
+            rl += ["--stage1_steps", 2 * steps, "--max_steps", args.max_steps + 2 * steps]
+        found.append(rl)
         (folder / "rl.json").write_text(json.dumps(method))
     return [[sys.executable, *map(str, command)] for command in found]
+
+
+def stored_tokens(folder: Path) -> int:
+    """Of the first attempts that were collected for a run."""
+    folder = folder / "first"
+    return sum(sum(row["num_tokens"]) for row in load_rollouts(folder)[1]) if folder.exists() else 0
+
+
+def token_columns(runs: dict[str, list[Path]]) -> dict[str, dict[str, str]]:
+    """What each run sampled in all and until its held-out accuracy reached the target: mean over the seeds, least and most."""
+    columns = {"thousand tokens sampled": {}, f"until @t2 ≥ {TARGET:.0%}": {}}
+    for name, folders in runs.items():
+        for column, target in zip(columns.values(), (0.0, TARGET), strict=True):
+            if target:
+                sampled = {folder: tokens_until(folder, target) for folder in folders}
+            else:
+                sampled = {folder: curves([folder], "num_generated_tokens")[1].max() for folder in folders}
+            tokens = [
+                (stored_tokens(folder) + number) / 1000 for folder, number in sampled.items() if number is not None
+            ]
+            text = f"{sum(tokens) / len(tokens):.0f} [{min(tokens):.0f}, {max(tokens):.0f}]" if tokens else "never"
+            column[name] = f"{text}, {len(tokens)} of {len(folders)} seeds" if target and tokens else text
+    return columns
 
 
 def machine(seconds: float) -> str:

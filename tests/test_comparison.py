@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from trl_score.comparison import comparison_table, curves, curves_figure, edit_distances_figure, interval, values
+from trl_score.comparison import (
+    comparison_table,
+    curves,
+    curves_figure,
+    edit_distances_figure,
+    interval,
+    tokens_figure,
+    tokens_until,
+    values,
+)
 from trl_score.evaluation import Evaluation
 
 
@@ -27,6 +36,19 @@ def test_values_are_by_seed_and_problem():
     assert found["delta_t1_t2"].tolist() == [[1, -1, 0, 0], [0, 0, 0, 1]]
     assert found["delta_i_to_c"].tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
     assert found["delta_c_to_i"].tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_with_three_attempts_changes_are_from_the_first_to_the_last():
+    found = values([evaluation([(False, True, False), (True, False, True), (False, True, True), (True, True, False)])])
+    assert list(found) == [*(f"accuracy_t{k}" for k in (1, 2, 3)), "delta_t1_t3", "delta_i_to_c", "delta_c_to_i"]
+    assert found["accuracy_t2"].tolist() == [[1, 0, 1, 1]] and found["accuracy_t3"].tolist() == [[0, 1, 1, 0]]
+    assert found["delta_t1_t3"].tolist() == [[0, 0, 1, -1]]
+    three = {"base": [evaluation([(False, True, False)])], "SCoRe": [evaluation([(False, False, True)])]}
+    head, _, base, _ = comparison_table(three).splitlines()
+    assert "| Accuracy@t3 | Δ(t1,t3) |" in head and head.endswith("| @t3 minus SCoRe's |")
+    assert base.endswith("| -100.0 [-100.0, -100.0] |")
+    with pytest.raises(ValueError, match="different numbers of attempts"):
+        comparison_table(three | {"other": [evaluation([IC])]})
 
 
 @pytest.mark.parametrize(
@@ -79,6 +101,9 @@ def test_table_has_the_columns_of_the_paper_and_the_difference():
     assert base.startswith("| base | 1 | 50.0 [") and "| -25.0 [" in base and "| -75.0 [" in base
     assert score.startswith("| SCoRe | 2 | 62.5 [") and "| 100.0 [100.0, 100.0] |" in score and score.endswith("|  |")
     assert "minus" not in comparison_table({"base": methods["base"]})
+    more = comparison_table(methods, more={"tokens": {"SCoRe": "12"}}).splitlines()
+    assert "| Δ(c→i) | tokens | @t2 minus SCoRe's |" in more[0]
+    assert "] |  | -75.0 [" in more[2] and more[3].endswith("| 12 |  |")
 
 
 def test_figures_show_every_method(tmp_path):
@@ -99,3 +124,31 @@ def test_figures_show_every_method(tmp_path):
     shown = [axes for axes in edit_distances_figure(methods).axes if axes.get_visible()]
     assert [axes.get_title() for axes in shown] == list("abcdefg")
     assert all(sum(bar.get_height() for bar in axes.patches) == pytest.approx(100) for axes in shown)
+
+
+def test_tokens_until_an_accuracy_is_reached(tmp_path):
+    """Evaluated three times; logs of training are between them, and the final evaluation repeats the last."""
+    for name, found in {
+        "fast": (0.2, 0.96, 0.9, 0.9),
+        "slow": (0.2, 0.3, 0.95, 0.95),
+        "never": (0.2, 0.3, 0.4, 0.4),
+    }.items():
+        logs = []
+        for step, (tokens, accuracy) in enumerate(zip((0, 1000, 2000, 2000), found, strict=True)):
+            step = min(step, 2)
+            logs.append({"step": step, "accuracy_t1": 0.5, "accuracy_t2": 1.0, "num_generated_tokens": tokens})
+            logs.append(
+                {
+                    "step": step,
+                    "eval_accuracy_t1": 1.0,
+                    "eval_accuracy_t2": accuracy,
+                    "eval_num_generated_tokens": tokens,
+                }
+            )
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    assert [tokens_until(tmp_path / name, 0.95) for name in ("fast", "slow", "never")] == [1000, 2000, None]
+    figure = tokens_figure({"a": [tmp_path / "fast", tmp_path / "slow"], "b": [tmp_path / "never"]}, {"b": 500})
+    first, second = figure.axes[0].lines
+    assert first.get_xdata().tolist() == [0, 1, 2] and second.get_xdata().tolist() == [0.5, 1.5, 2.5]
+    assert first.get_ydata() == pytest.approx([20, 63, 92.5])

@@ -232,9 +232,23 @@ def test_ablations_write_their_table_and_figures(tmp_path):
     assert not re.search(r"^arithmetic_base.*\d s$", again.stderr, re.M)  # nothing is run again
 
 
-@pytest.mark.slow
-def test_all_ablations_at_a_small_size(tmp_path):
-    sizes = ["--max_steps", "6", "--stage1_steps", "3", "--rollouts_per_step", "128", "--num_train_problems", "64"]
-    done = run("--quick", *sizes, "--num_eval_problems", "100", "--output_dir", tmp_path, script="ablations.py")
+def test_options_have_their_tokens_in_the_table(tmp_path):
+    arguments = ["--quick", *TINY_STUDY, "--study", "options", "--output_dir", tmp_path, "--methods"]
+    done = run(*arguments, "offline half, two updates", "SCoRe", script="ablations.py")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "results.md").read_text().count("\n| ") == 15
+    text = (tmp_path / "results.md").read_text()
+    head, _, offline, score = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert head[7:] == ["thousand tokens sampled", "until @t2 ≥ 95%", "@t2 minus SCoRe's |"]
+    assert score[7] == "2 [2, 2]"  # 3 steps of 32 rollouts of two attempts of up to 8 tokens: 1.5
+    assert offline[7] == "2 [2, 2]"  # and 16 problems with 8 stored attempts of up to 8 tokens: 1.0
+    assert (tmp_path / "arithmetic_base_tokens.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("study", "methods"), [("paper", 15), ("options", 13), ("three", 4)])
+def test_all_ablations_at_a_small_size(tmp_path, study, methods):
+    sizes = ["--max_steps", "6", "--stage1_steps", "2", "--rollouts_per_step", "128", "--num_train_problems", "64"]
+    sizes += ["--num_eval_problems", "100", "--study", study]
+    done = run("--quick", *sizes, "--output_dir", tmp_path, script="ablations.py")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results.md").read_text().count("\n| ") == methods + 1

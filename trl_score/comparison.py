@@ -14,9 +14,6 @@ from .metrics import label
 from .report import COLORS, STATE
 
 
-COLUMNS = ("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i")
-
-
 def values(runs: list[Evaluation]) -> dict[str, np.ndarray]:
     """
     The metrics of Section 3 by seed and problem.
@@ -26,7 +23,8 @@ def values(runs: list[Evaluation]) -> dict[str, np.ndarray]:
             `S` evaluations of the same `P` problems, one rollout each, the model trained with another seed in each.
 
     Returns:
-        `dict[str, np.ndarray]`: arrays of shape `(S, P)`; a metric is their mean.
+        `dict[str, np.ndarray]`: arrays of shape `(S, P)`; a metric is their mean. With more than two attempts the changes are
+        from the first to the last.
 
     Raises:
         `ValueError`: If the evaluations are not of the same problems, or an attempt could not be graded.
@@ -37,10 +35,10 @@ def values(runs: list[Evaluation]) -> dict[str, np.ndarray]:
     if any(None in row["correct"] for run in runs for row in run.rollouts):
         raise ValueError("An attempt could not be graded, so the evaluations cannot be compared problem by problem.")
     correct = np.array([[row["correct"] for row in run.rollouts] for run in runs], float)  # (S, P, K)
-    first, last = correct[..., 0], correct[..., -1]
-    delta = last - first
-    columns = (first, last, delta, np.maximum(delta, 0), np.maximum(-delta, 0))
-    return dict(zip(COLUMNS, columns, strict=True))
+    number = correct.shape[-1]
+    found = {f"accuracy_t{k}": correct[..., k - 1] for k in range(1, number + 1)}
+    found[f"delta_t1_t{number}"] = delta = correct[..., -1] - correct[..., 0]
+    return found | {"delta_i_to_c": np.maximum(delta, 0), "delta_c_to_i": np.maximum(-delta, 0)}
 
 
 def interval(
@@ -87,24 +85,39 @@ def cell(numbers: tuple[float, float, float]) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def comparison_table(methods: dict[str, list[Evaluation]], against: str = "SCoRe") -> str:
+def comparison_table(
+    methods: dict[str, list[Evaluation]],
+    against: str = "SCoRe",
+    more: dict[str, dict[str, str]] | None = None,
+) -> str:
     """
     The layout of the paper's tables in Markdown: percent with 95 % intervals over seeds and problems ([`interval`]).
 
     Args:
         methods (`dict[str, list[Evaluation]]`):
-            By name, an evaluation for each seed.
+            By name, an evaluation for each seed, all with as many attempts.
         against (`str`, *optional*, defaults to `"SCoRe"`):
-            The last column is the method's last attempt minus this one's.
+            A last column has the method's last attempt minus this one's.
+        more (`dict[str, dict[str, str]]`, *optional*):
+            Further columns: by heading, a cell for each method.
+
+    Raises:
+        `ValueError`: If the numbers of attempts differ.
     """
-    reference = values(methods[against])["accuracy_t2"] if against in methods else None
-    names = ["method", "seeds", *map(label, COLUMNS)] + ([f"@t2 minus {against}'s"] if reference is not None else [])
+    found = {name: values(runs) for name, runs in methods.items()}
+    columns = next(iter(found.values())).keys()
+    if any(each.keys() != columns for each in found.values()):
+        raise ValueError("The evaluations to compare have different numbers of attempts.")
+    last, more = max(column for column in columns if column.startswith("accuracy")), more or {}
+    names = ["method", "seeds", *map(label, columns), *more]
+    if against in found:
+        names.append(f"@{last.removeprefix('accuracy_')} minus {against}'s")
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     for name, runs in methods.items():
-        found = values(runs)
-        cells = [name, str(len(runs)), *(cell(interval(found[column])) for column in COLUMNS)]
-        if reference is not None:
-            cells.append("" if name == against else cell(interval(found["accuracy_t2"], reference)))
+        cells = [name, str(len(runs)), *(cell(interval(found[name][column])) for column in columns)]
+        cells += [column.get(name, "") for column in more.values()]
+        if against in found:
+            cells.append("" if name == against else cell(interval(found[name][last], found[against][last])))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -122,6 +135,51 @@ def curves(folders: list[str | Path], key: str) -> tuple[np.ndarray, np.ndarray]
         logs.append({log["step"]: log[key] for log in history if key in log})
     steps = sorted(set.intersection(*map(set, logs)))
     return np.array(steps), np.array([[log[step] for step in steps] for log in logs])
+
+
+def tokens_until(folder: str | Path, accuracy: float) -> int | None:
+    """
+    Tokens that a training run had sampled when the accuracy of its last attempt at the evaluation's problems first reached a
+    value, as far as it was evaluated while it trained; `None` if it never did.
+
+    Args:
+        folder (`str` or `Path`):
+            Of the run.
+        accuracy (`float`):
+            A share, from 0 to 1.
+    """
+    tokens, found = curves([folder], "eval_num_generated_tokens")[1][0], last_attempt([folder])[1][0]
+    return next((int(number) for number, value in zip(tokens, found, strict=True) if value >= accuracy), None)
+
+
+def last_attempt(folders: list[str | Path]) -> tuple[np.ndarray, np.ndarray]:
+    """[`curves`] of the accuracy of the last attempt at the evaluation's problems."""
+    history = json.loads((Path(folders[0]) / STATE).read_text("utf-8"))["log_history"]
+    return curves(folders, max(key for log in history for key in log if key.startswith("eval_accuracy_t")))
+
+
+def tokens_figure(runs: dict[str, list[str | Path]], before: dict[str, int] | None = None) -> Figure:
+    """
+    Accuracy of the last attempt at the evaluation's problems over the tokens sampled for training, by name the folder of each
+    seed; line: mean over seeds, band: smallest to largest.
+
+    Args:
+        runs (`dict[str, list[str]]`):
+            Folders of training runs.
+        before (`dict[str, int]`, *optional*):
+            Tokens sampled before the training, by name: stored first attempts.
+    """
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for number, (name, folders) in enumerate(runs.items()):
+        tokens = (curves(folders, "eval_num_generated_tokens")[1].mean(0) + (before or {}).get(name, 0)) / 1000
+        found, color = 100 * last_attempt(folders)[1], COLORS[number % len(COLORS)]
+        axes.plot(tokens, found.mean(0), color=color, linestyle="-" if number < len(COLORS) else "--", label=name)
+        axes.fill_between(tokens, found.min(0), found.max(0), color=color, alpha=0.08, linewidth=0)
+    axes.set_xlabel("tokens sampled, thousands")
+    axes.set_ylabel("accuracy of the last attempt, held-out problems, %")
+    figure.legend(loc="outside right center")
+    return figure
 
 
 def curves_figure(runs: dict[str, list[str | Path]]) -> Figure:
