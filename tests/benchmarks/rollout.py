@@ -8,39 +8,18 @@ same length. Medians of the ratios of neighbouring rollouts, with the smallest a
 """
 
 import argparse
-import os
-import platform
-import statistics
 import time
 from contextlib import nullcontext
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from common import columns, header, line, make_model, random_ids
+from transformers import GenerationConfig, PreTrainedModel
 
 from trl_score.cache import reused_cache
 from trl_score.rollout import roll_out
 
 
-VOCABULARY = 8192
-
-
-def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=16384,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-
-
-def seconds(model: LlamaForCausalLM, prompts: list, bridges: list, length: int, reuse: bool) -> list[float]:
+def seconds(model: PreTrainedModel, prompts: list, bridges: list, length: int, reuse: bool) -> list[float]:
     """Of each attempt."""
     config = GenerationConfig(
         do_sample=True, top_k=0, min_new_tokens=length, max_new_tokens=length, eos_token_id=0, pad_token_id=0
@@ -49,8 +28,8 @@ def seconds(model: LlamaForCausalLM, prompts: list, bridges: list, length: int, 
 
     def generate(contexts, attempt):
         longest = max(map(len, contexts))
-        ids = torch.tensor([[0] * (longest - len(each)) + each for each in contexts])
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in contexts])
+        ids = torch.tensor([[0] * (longest - len(each)) + each for each in contexts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in contexts], device=model.device)
         started = time.perf_counter()
         with torch.inference_mode():
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -62,10 +41,6 @@ def seconds(model: LlamaForCausalLM, prompts: list, bridges: list, length: int, 
     return found
 
 
-def line(what: str, values: list[float]) -> None:
-    print(f"{what:<62}{statistics.median(values):>8.3f}{min(values):>8.3f}{max(values):>8.3f}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Two attempts, with and without reuse of the cache.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024], help="Tokens of an attempt.")
@@ -75,19 +50,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="Pairs of rollouts.")
     args = parser.parse_args()
 
-    model = make_model()
-    print(
-        f"{torch.get_num_threads()} threads of {len(os.sched_getaffinity(0))} cores, {platform.machine()}, torch "
-        f"{torch.__version__}, {model.num_parameters() / 1e6:.0f}M parameters, {args.batch} rollouts of 2 attempts, prompts of "
-        f"{args.prompt // 2} to {args.prompt} tokens, bridges of {args.bridge // 2} to {args.bridge}"
+    model = make_model("30m").eval()
+    header(
+        model.num_parameters(),
+        f"{args.batch} rollouts of 2 attempts, prompts of {args.prompt // 2} to {args.prompt} tokens, bridges of "
+        f"{args.bridge // 2} to {args.bridge}",
     )
-    print(f"{'ratios':<62}{'median':>8}{'least':>8}{'most':>8}")
-
-    def ids(most: int) -> list[list[int]]:
-        lengths = torch.linspace(most // 2, most, args.batch).long().tolist()
-        return [torch.randint(1, VOCABULARY, (length,)).tolist() for length in lengths]
-
-    prompts, bridges = ids(args.prompt), ids(args.bridge)
+    columns("ratios")
+    prompts, bridges = (random_ids(most, args.batch, model.config.vocab_size) for most in (args.prompt, args.bridge))
     for reuse in (True, False):
         seconds(model, prompts, bridges, 8, reuse)
     for length in args.lengths:
