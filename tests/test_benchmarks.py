@@ -1,0 +1,51 @@
+"""The benchmarks run and print what they promise, at the smallest sizes. No times are checked."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+SMALL = ["--batch", "2", "--prompt", "32", "--bridge", "32", "--repeats", "1"]
+STEP = ["--model", "tiny", "--length", "4", *SMALL]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a benchmark in this process; returns what it prints."""
+
+    def run(script, *arguments):
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_update_beside_stock_and_beside_a_forward_for_each_attempt(run):
+    out = run("update.py", "--models", "tiny", "--lengths", "8", *SMALL)
+    assert "8 tokens: time, ours / stock" in out and "8 tokens: time, ours / a forward for each attempt" in out
+    memory = float(re.search(r"most memory, ours / stock +([\d.]+)", out)[1])
+    assert memory < 1.05  # not a time: the same at every run
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--lora", "--attempts", "3"], ["--qlora", "--dtype", "bfloat16", "--no_stock"]]
+)
+def test_step_by_purpose_and_by_place(run, options):
+    out = run("step.py", *STEP, *options)
+    names = ["rollout", "reference", "rewards", "update", "the rest", "generate", "forward", "backward", "optimizer"]
+    assert all(f"\n  {name}" in out for name in names)
+    assert 0 < float(re.search(r"overhead outside of the model, % of a step +([\d.]+)", out)[1]) < 100
+    assert "rollout.py:" in out  # among the largest functions
+    assert ("a step, ours / stock" in out) == ("--no_stock" not in options)
+
+
+def test_figure_of_the_cost_over_generated_tokens(run, tmp_path):
+    out = run("step.py", *STEP, "--figure", tmp_path / "linear.png", "--points", 2)
+    assert out.count("R² = ") == 3
+    assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
