@@ -31,9 +31,9 @@ def make_trainer(trainer: type, config: type, folder: str, args: argparse.Namesp
         reward,
         config(
             output_dir=folder,
-            per_device_train_batch_size=args.batch,
-            num_generations=args.batch,
-            max_completion_length=8,  # only a factor of the loss here
+            per_device_train_batch_size=2,  # these three do not matter here
+            num_generations=2,
+            max_completion_length=8,
             loss_type="dr_grpo",
             beta=0.01,
             use_cpu=DEVICE == "cpu",
