@@ -4,15 +4,16 @@
 """
 Train a model to correct its own programs: on MBPP, evaluated on HumanEval, as in the paper.
 
-    HF_ALLOW_CODE_EVAL=1 accelerate launch examples/code.py --model_name_or_path Qwen/Qwen2.5-Coder-1.5B-Instruct \
-        --use_peft --load_in_4bit --output_dir outputs/coder
+    HF_ALLOW_CODE_EVAL=1 accelerate launch examples/code.py --config examples/configs/mbpp_1.5b_lora.yaml
+
+trains Qwen2.5-Coder-1.5B-Instruct on one GPU with 24 GB (estimated; docs/one_gpu.md has other sizes).
 
 Grading runs programs that the model wrote, on this machine, in a sandbox: docs/sandbox.md says what it covers and what it
 does not. HF_ALLOW_CODE_EVAL=1 is your consent.
 
-The problems come from the Hub or, with `--data_dir`, from a folder; `--eval_task mbpp` evaluates on MBPP's test split. The
-coefficients are those of the paper's MBPP column (configs/mbpp.yaml); every field of SCoReConfig and of TRL's ModelConfig is
-an argument, and `--config FILE.yaml` reads them from another file.
+The problems come from the Hub or, with `--data_dir`, from a folder; `--eval_task mbpp` evaluates on MBPP's test split. Without
+`--config` the coefficients are those of the paper's MBPP column (configs/mbpp.yaml), and the model is `--model_name_or_path`.
+Every field of SCoReConfig and of TRL's ModelConfig is an argument; `--config FILE.yaml` reads them from another file.
 """
 
 import sys

@@ -9,10 +9,10 @@ Train a model to correct its own mathematics.
 trains the tiny embedded model on the embedded arithmetic task: no network, no GPU, about a minute on 2 CPU cores. Expect
 Accuracy@t2 to rise from 68 % to above 95 % on held-out problems.
 
-    accelerate launch examples/math.py --task math --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \
-        --use_peft --load_in_4bit --output_dir outputs/qwen
+    accelerate launch examples/math.py --config examples/configs/math_1.5b_lora.yaml
 
-trains on MATH in the paper's split (`--task gsm8k`: on GSM8K), from the Hub or, with `--data_dir`, from a folder.
+trains Qwen2.5-1.5B-Instruct on MATH in the paper's split, on one GPU with 24 GB (estimated; docs/one_gpu.md has other models and
+sizes). The problems come from the Hub or, with `--data_dir`, from a folder.
 
     accelerate launch examples/math.py --dataset_name trl-lib/DeepMath-103K --model_name_or_path ...
 
