@@ -255,6 +255,21 @@ def test_eight_bit_optimizers_train_both_stages(make_arithmetic_trainer, optim):
     assert any((value != before[name]).any() for name, value in trainer.model.state_dict().items())
 
 
+def test_attention_and_other_settings_of_the_model_reach_it(run, problems, chat_model, tmp_path):
+    arguments = ["--task", "gsm8k", "--data_dir", problems, "--model_name_or_path", chat_model, "--bf16", "false"]
+    arguments += [
+        "--attn_implementation",
+        "eager",
+        "--model_init_kwargs",
+        '{"experts_implementation": null, "use_cache": false}',
+    ]
+    arguments += ["--max_steps", 1, "--max_completion_length", 4, "--num_generations", 2, "--num_eval_problems", 0]
+    arguments += ["--per_device_train_batch_size", 2, "--report_to", "none", "--output_dir", tmp_path]
+    trainer = run("math.py", *arguments)
+    assert trainer.model.config._attn_implementation == "eager"
+    assert trainer.ref_model.config._attn_implementation == "eager"
+
+
 def test_liger_may_not_replace_the_head(make_arithmetic_trainer):
     with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
         make_arithmetic_trainer(use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})

@@ -106,6 +106,12 @@ def load_task(arguments: TrainArguments) -> tuple[Task, Dataset, Dataset | None]
     return task, train_rows, eval_rows
 
 
+def init_kwargs(args, model_args: ModelConfig) -> dict:
+    """What the model is loaded with: `model_init_kwargs`, and what `ModelConfig` says of it."""
+    names = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
+    return {name: getattr(model_args, field) for name, field in names.items()} | (args.model_init_kwargs or {})
+
+
 def percent(share: float | None) -> float:
     """In percent; not a number where no attempt could be graded."""
     return float("nan") if share is None else 100 * share
@@ -155,7 +161,7 @@ def train(
     if correction_instruction is not None and args.correction_instruction == CORRECTION_INSTRUCTION:
         args.correction_instruction = correction_instruction
     args.eval_on_start = eval_rows is not None
-    args.model_init_kwargs = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+    args.model_init_kwargs = init_kwargs(args, model_args)
     try:
         trainer = SCoReTrainer(
             model=model_args.model_name_or_path,
