@@ -26,7 +26,7 @@ from .evaluation import evaluate_self_correction, processes, table
 from .rollout import Bridge, Rollouts, tokenize_prompt
 from .tasks import TASKS, Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
-from .training import TaskArguments, load_tasks
+from .training import TaskArguments, init_kwargs, load_tasks
 
 
 RESULT = "baseline.json"
@@ -381,7 +381,7 @@ def fine_tune(model: str, dataset: Dataset, args: SFTConfig, model_args: ModelCo
             f"`max_length={args.max_length}` is too short for a trace of {longest} tokens, whose last attempt would be cut off. "
             "Set it higher, or to None."
         )
-    args.model_init_kwargs = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+    args.model_init_kwargs = init_kwargs(args, model_args)
     trainer = SFTTrainer(
         model=model,
         args=args,
