@@ -125,8 +125,8 @@ def arithmetic_config(tmp_path):
 def make_arithmetic_trainer(arithmetic_config):
     """A trainer on the embedded task; keyword arguments go to the configuration, `trainer` ones to the trainer."""
 
-    def make(trainer=None, **kwargs):
-        task = Arithmetic(num_train=32, num_test=20)
+    def make(trainer=None, num_test=20, **kwargs):
+        task = Arithmetic(num_train=32, num_test=num_test)
         defaults = {
             "model": str(BASE_MODEL_PATH),
             "reward_funcs": task.reward,

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
+from transformers import AutoConfig, set_seed
 
 from trl_score import SCoReConfig, SCoReTrainer
+from trl_score.checks import TRAINED_FLAG
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
@@ -38,6 +41,7 @@ def reward(completions, answer, **kwargs):
 
 def main():
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    with_lora, generated = settings.pop("lora", False), settings.pop("generated", False)
     config = SCoReConfig(
         **{
             "output_dir": str(folder / "out"),
@@ -53,23 +57,39 @@ def main():
             "bf16": False,
             "gradient_checkpointing": False,
             "report_to": "none",
-            "use_cpu": True,
+            "use_cpu": os.environ.get("ACCELERATE_TORCH_DEVICE") != "cpu",
             "disable_tqdm": True,
+            "per_device_eval_batch_size": 2,
             **settings,
         }
     )
-    rows = Arithmetic(num_train=16).load("train")
-    trainer = FixedRollouts(str(BASE_MODEL_PATH), reward, config, train_dataset=rows)
+    set_seed(0)  # of an adapter that is not the base model from the start
+    task = Arithmetic(num_train=16, num_test=8)
+    trainer = (SCoReTrainer if generated else FixedRollouts)(
+        str(BASE_MODEL_PATH),
+        task.reward if generated else reward,
+        config,
+        train_dataset=task.load("train"),
+        eval_dataset=task.load("test"),
+        peft_config=LoraConfig(r=4, init_lora_weights=False) if with_lora else None,
+    )
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
-    start = {f"start.{name}": value.clone() for name, value in trainer.model.state_dict().items()}
+    before = trainer.evaluate() if generated else {}
     trainer.train()
+    # What the model is in the end is what was saved, whatever holds the weights in which pieces.
+    trainer.save_model(str(folder / "model"))
+    after = trainer.evaluate() if generated else {}
     if trainer.is_world_process_zero():
-        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-        torch.save({**start, **weights}, folder / "weights.pt")
-        logs = [log for log in trainer.state.log_history if "stage" in log]
-        (folder / "logs.json").write_text(json.dumps(logs))
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        kind = str(trainer.accelerator.distributed_type).rpartition(".")[2]
+        result = {"kind": kind, "logs": logs, "before": before, "after": after}
+        (folder / "result.json").write_text(json.dumps(result))
+        if not with_lora:
+            assert getattr(AutoConfig.from_pretrained(folder / "model"), TRAINED_FLAG)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # or the first process to go aborts the other's connection
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

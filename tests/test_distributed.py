@@ -1,28 +1,71 @@
-"""Two processes give the same update as one."""
+"""Several processes give the same update as one: DDP, FSDP2 and DeepSpeed ZeRO, connected by gloo."""
 
 import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors.torch import load_file
+
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 
 STEPS = 4
-WORKER = Path(__file__).parent / "distributed_worker.py"
+TESTS = Path(__file__).parent
+WORKER, AS_GPUS = TESTS / "distributed_worker.py", TESTS / "as_gpus.py"
+CONFIGS = TESTS.parent / "examples" / "accelerate_configs"
+SHARDED = [
+    "fsdp2",
+    *(
+        pytest.param(name, marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed"))
+        for name in ("zero2", "zero3")
+    ),
+]
 
 
-def run(folder, num_processes, **settings):
-    """Train in `num_processes` gloo processes; the logs and the weights."""
+def launched(num_processes, backend="ddp"):
+    """The command that starts a script in so many processes, and its environment."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if backend == "ddp":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        return command, environment | {"ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{backend}.yaml")]
+    command += [f"--num_processes={num_processes}", "--mixed_precision=no", "--main_process_port=0", str(AS_GPUS)]
+    return command, environment
+
+
+def run(folder, num_processes, backend="ddp", **settings):
+    """Train; what the worker reports and the saved weights."""
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command += [str(WORKER), str(folder), json.dumps(settings | {"max_steps": STEPS})]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command, environment = launched(num_processes, backend)
+    command += [str(WORKER), str(folder), json.dumps({"max_steps": STEPS} | settings)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "logs.json").read_text()), torch.load(folder / "weights.pt")
+    result = json.loads((folder / "result.json").read_text())
+    return result, load_file(next((folder / "model").glob("*.safetensors")))
+
+
+def assert_same(several, one):
+    (result_of_several, weights_of_several), (result_of_one, weights_of_one) = several, one
+    assert weights_of_several.keys() == weights_of_one.keys()
+    for name, value in weights_of_one.items():
+        difference = (weights_of_several[name].float() - value).abs().max()
+        assert difference < 1e-5, f"{name}: {difference}"
+    logs_of_several, logs_of_one = result_of_several["logs"], result_of_one["logs"]
+    assert len(logs_of_one) == STEPS
+    for got, expected in zip(logs_of_several, logs_of_one, strict=True):
+        compared = {key for key in expected if "time" not in key and not key.startswith(("clip_ratio", "num_tokens"))}
+        assert {"loss", "accuracy_t1", "reward_t2", "kl_t1", "kl_t2", "edit_distance_ratio", "stage"} <= compared
+        for key in compared:
+            # A rounding of the weights by 1e-7 moves the log-probability of an unlikely token by 1e-4.
+            tolerance = 1e-3 if key.startswith(("kl", "grad_norm", "loss")) else 1e-5
+            assert got[key] == pytest.approx(expected[key], abs=2e-5, rel=tolerance), key
+    assert {log["stage"] for log in logs_of_one} == {1, 2}
+    assert any(log["completions/clipped_ratio_t2"] > 0 for log in logs_of_one)
+    assert 0 < logs_of_one[0]["num_generated_tokens"] < logs_of_one[-1]["num_generated_tokens"]
 
 
 OPTIONS = {
@@ -34,6 +77,7 @@ OPTIONS = {
     },
     "several second attempts at each first one": {"second_attempts_per_first": 2, "gamma": 0.5},
 }
+FOUR_ROLLOUTS = {"num_generations": 4, "stage1_steps": 2}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -42,22 +86,66 @@ def test_two_processes_give_the_update_of_one(tmp_path, options):
     Groups of four rollouts, two on each rank: the leave-one-out baseline needs the other rank's rewards. Two steps of Stage I
     and two of Stage II on the same rollouts, of different lengths, some cut off.
     """
-    settings = {"num_generations": 4, "stage1_steps": 2} | options
-    logs_of_one, one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
-    logs_of_two, two = run(tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
-    assert max((one[name] - two["start." + name]).abs().max() for name in one if not name.startswith("start.")) > 1e-3
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-6, rtol=1e-5, msg=name)
-    assert len(logs_of_one) == STEPS
-    for got, expected in zip(logs_of_two, logs_of_one, strict=True):
-        compared = {key for key in expected if "time" not in key and not key.startswith(("clip_ratio", "num_tokens"))}
-        compared -= {"loss", "total_flos", "train_loss"}
-        assert {"accuracy_t1", "reward_t2", "kl_t1", "kl_t2", "edit_distance_ratio", "stage"} <= compared
-        for key in compared:
-            # A rounding of the weights by 1e-7 moves the log-probability of an unlikely token by 1e-4.
-            tolerance = 1e-3 if key.startswith(("kl", "grad_norm")) else 1e-5
-            assert got[key] == pytest.approx(expected[key], abs=2e-5, rel=tolerance), key
-    assert ("stage1_beta" in logs_of_one[0]) == ("adaptive_stage1_beta" in options)
-    assert {log["stage"] for log in logs_of_one} == {1, 2}
-    assert any(log["completions/clipped_ratio_t2"] > 0 for log in logs_of_one)
-    assert 0 < logs_of_one[0]["num_generated_tokens"] < logs_of_one[-1]["num_generated_tokens"]
+    settings = FOUR_ROLLOUTS | options
+    one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    two = run(tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
+    base = load_file(BASE_MODEL_PATH / "model.safetensors")
+    assert max((one[1][name] - value).abs().max() for name, value in base.items() if name in one[1]) > 1e-3
+    assert_same(two, one)
+    assert ("stage1_beta" in one[0]["logs"][0]) == ("adaptive_stage1_beta" in options)
+
+
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+def test_four_processes_give_the_update_of_one(tmp_path, lora):
+    """One rollout on each rank, so that a baseline is all from other ranks."""
+    settings = FOUR_ROLLOUTS | {"lora": lora}
+    one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    assert_same(run(tmp_path / "four", 4, per_device_train_batch_size=1, **settings), one)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("backend", SHARDED)
+def test_shards_give_the_update_of_one_process(tmp_path, backend, lora):
+    """The same rollouts, with weights, gradients or optimizer states in pieces on two processes. The saved model is whole."""
+    settings = FOUR_ROLLOUTS | {"lora": lora}
+    one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    two = run(tmp_path / "two", 2, backend, per_device_train_batch_size=2, **settings)
+    assert two[0]["kind"] == ("FSDP" if backend == "fsdp2" else "DEEPSPEED")
+    assert_same(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", SHARDED)
+def test_four_shards_give_the_update_of_one_process(tmp_path, backend):
+    one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **FOUR_ROLLOUTS)
+    assert_same(run(tmp_path / "four", 4, backend, per_device_train_batch_size=1, **FOUR_ROLLOUTS), one)
+
+
+@pytest.mark.parametrize("backend", SHARDED)
+def test_attempts_are_generated_from_shards(tmp_path, backend, make_arithmetic_trainer):
+    """
+    Greedy attempts are those of one process, before training and of the trained model, which one process loads. In training
+    attempts end at different lengths on the two processes.
+    """
+    settings = {"num_generations": 4, "per_device_train_batch_size": 4, "stage1_steps": 1, "max_steps": 2}
+    result, _ = run(tmp_path / "two", 2, backend, generated=True, **settings)
+    assert [log["stage"] for log in result["logs"]] == [1, 2]
+    for when, model in (("before", BASE_MODEL_PATH), ("after", tmp_path / "two" / "model")):
+        trainer = make_arithmetic_trainer(trainer={"model": str(model)}, beta=0.0, stage1_steps=0, num_test=8)
+        expected = trainer.evaluate()
+        for key in ("accuracy_t1", "accuracy_t2", "edit_distance_ratio", "completions/mean_length_t2"):
+            assert result[when][f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"]), key
+
+
+@pytest.mark.parametrize("backend", ["fsdp_version", "zero_stage"])
+def test_what_needs_whole_weights_is_refused_with_shards(make_arithmetic_trainer, monkeypatch, backend):
+    """Both options work in one process, so a trainer that was made there is told that it has shards."""
+    trainer = make_arithmetic_trainer(reference_model_name_or_path=str(BASE_MODEL_PATH))
+    trainer._check_shards()
+    monkeypatch.setattr(trainer._dist, backend, {"fsdp_version": 2, "zero_stage": 3}[backend])
+    with pytest.raises(ValueError, match="reference_model_name_or_path"):
+        trainer._check_shards()
+    trainer.args.stage1_reference = "previous"
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(ValueError, match="stage1_reference='previous'"):
+        trainer._check_shards()

@@ -175,6 +175,7 @@ class SCoReTrainer(GRPOTrainer):
         )
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError("Images are not supported by SCoRe. Pass a tokenizer as `processing_class`.")
+        self._check_shards()
         self._set_reference()
 
         self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs)
@@ -192,10 +193,6 @@ class SCoReTrainer(GRPOTrainer):
         self._stage1_beta = args.stage1_beta  # of the next batch
         self._num_generated_tokens = 0  # of all processes, in training
         self._previous: Snapshot | None = None  # what Stage I(b) and later ones hold to
-        if args.stage1_reference == "previous" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                "`stage1_reference='previous'` copies the weights, which DeepSpeed and FSDP shard. Set it to 'base'."
-            )
         self._reuses_cache = (
             args.reuse_cache
             and not (args.use_vllm or args.use_transformers_continuous_batching)
@@ -723,6 +720,18 @@ class SCoReTrainer(GRPOTrainer):
                 self._signature_columns.append(column)
 
     # Checks
+
+    def _check_shards(self):
+        """What needs whole weights cannot be had where no process has them."""
+        if self.args.stage1_reference == "previous" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "`stage1_reference='previous'` copies the weights, which DeepSpeed and FSDP shard. Set it to 'base'."
+            )
+        if self.args.reference_model_name_or_path is not None and (self._dist.is_zero3 or self._dist.is_fsdp):
+            raise ValueError(
+                "`reference_model_name_or_path` loads whole weights into the reference model, which ZeRO-3 and FSDP shard. "
+                "Start from the base model itself and leave it out, or train with DDP or ZeRO-2."
+            )
 
     def _check_context(self):
         """All attempts of the longest prompt fit the model's context."""
