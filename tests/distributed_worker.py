@@ -60,10 +60,11 @@ def main():
             "use_cpu": os.environ.get("ACCELERATE_TORCH_DEVICE") != "cpu",
             "disable_tqdm": True,
             "per_device_eval_batch_size": 2,
+            "eval_on_start": generated,  # with FSDP2 the Trainer cannot evaluate before it trains
             **settings,
         }
     )
-    set_seed(0)  # of an adapter that is not the base model from the start
+    set_seed(0)  # of the adapter
     task = Arithmetic(num_train=16, num_test=8)
     trainer = (SCoReTrainer if generated else FixedRollouts)(
         str(BASE_MODEL_PATH),
@@ -71,18 +72,19 @@ def main():
         config,
         train_dataset=task.load("train"),
         eval_dataset=task.load("test"),
-        peft_config=LoraConfig(r=4, init_lora_weights=False) if with_lora else None,
+        peft_config=LoraConfig(r=4) if with_lora else None,
     )
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
-    before = trainer.evaluate() if generated else {}
     trainer.train()
     # What the model is in the end is what was saved, whatever holds the weights in which pieces.
     trainer.save_model(str(folder / "model"))
-    after = trainer.evaluate() if generated else {}
+    if generated:
+        trainer.evaluate()
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
         kind = str(trainer.accelerator.distributed_type).rpartition(".")[2]
-        result = {"kind": kind, "logs": logs, "before": before, "after": after}
+        evaluations = [log for log in trainer.state.log_history if "eval_stage" in log]
+        result = {"kind": kind, "logs": logs, "evaluations": evaluations}
         (folder / "result.json").write_text(json.dumps(result))
         if not with_lora:
             assert getattr(AutoConfig.from_pretrained(folder / "model"), TRAINED_FLAG)

@@ -130,11 +130,12 @@ def test_attempts_are_generated_from_shards(tmp_path, backend, make_arithmetic_t
     settings = {"num_generations": 4, "per_device_train_batch_size": 4, "stage1_steps": 1, "max_steps": 2}
     result, _ = run(tmp_path / "two", 2, backend, generated=True, **settings)
     assert [log["stage"] for log in result["logs"]] == [1, 2]
-    for when, model in (("before", BASE_MODEL_PATH), ("after", tmp_path / "two" / "model")):
+    assert len(result["evaluations"]) == 2
+    for got, model in zip(result["evaluations"], (BASE_MODEL_PATH, tmp_path / "two" / "model"), strict=True):
         trainer = make_arithmetic_trainer(trainer={"model": str(model)}, beta=0.0, stage1_steps=0, num_test=8)
         expected = trainer.evaluate()
         for key in ("accuracy_t1", "accuracy_t2", "edit_distance_ratio", "completions/mean_length_t2"):
-            assert result[when][f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"]), key
+            assert got[f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"]), key
 
 
 @pytest.mark.parametrize("backend", ["fsdp_version", "zero_stage"])

@@ -697,6 +697,10 @@ class SCoReTrainer(GRPOTrainer):
         if self.args.stage1_reference == "previous" and path.exists():
             self._previous = Snapshot(**torch.load(path, map_location=self.accelerator.device, weights_only=True))
 
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._last_loaded_step = -1  # vLLM has other weights of the same step
+
     def _rollouts_file(self, folder: "str | os.PathLike", step: int) -> Path:
         return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / f"rollouts_{self.accelerator.process_index}.pt"
 
