@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
@@ -111,6 +112,17 @@ def test_configurations_are_valid(tmp_path):
             classes = (BaselineArguments, SFTConfig, ModelConfig)
         known = {field.name for each in classes for field in fields(each)} | {"dataset_name"}
         assert settings.keys() <= known, file.name
+
+
+def test_configurations_of_accelerate_are_valid():
+    """accelerate's own reader refuses keys that it does not know."""
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    files = {path.stem: path for path in (ROOT / "examples" / "accelerate_configs").glob("*.yaml")}
+    assert files.keys() == kinds.keys()
+    for name, path in files.items():
+        config = load_config_from_file(str(path))
+        assert (config.distributed_type, config.mixed_precision, config.use_cpu) == (kinds[name], "bf16", False)
+        assert f"`{path.name}`" in (ROOT / "docs" / "distributed.md").read_text()
 
 
 def test_version_is_public():

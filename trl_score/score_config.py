@@ -80,7 +80,7 @@ class SCoReConfig(GRPOConfig):
             letter, as in RLOO), so that a token also answers for what its attempt goes on with. It has more variance.
         reference_model_name_or_path (`str`, *optional*):
             Model to use as the reference in full fine-tuning when it is not the given model itself, for instance when
-            training goes on from a model that SCoRe has trained. It needs the same architecture.
+            training goes on from a model that SCoRe has trained. It needs the same architecture. Not with ZeRO-3 and FSDP.
 
         > Parameters that control evaluation and grading
 
@@ -260,7 +260,7 @@ class SCoReConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Model to use as the reference in full fine-tuning when it is not the given model itself. It needs "
-            "the same architecture."
+            "the same architecture. Not with ZeRO-3 and FSDP."
         },
     )
     eval_temperature: float = field(
