@@ -17,13 +17,8 @@ STEPS = 4
 TESTS = Path(__file__).parent
 WORKER, AS_GPUS = TESTS / "distributed_worker.py", TESTS / "as_gpus.py"
 CONFIGS = TESTS.parent / "examples" / "accelerate_configs"
-SHARDED = [
-    "fsdp2",
-    *(
-        pytest.param(name, marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed"))
-        for name in ("zero2", "zero3")
-    ),
-]
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+SHARDED = ["fsdp2", *(pytest.param(name, marks=NEEDS_DEEPSPEED) for name in ("zero2", "zero3"))]
 
 
 def launched(num_processes, backend="ddp"):
@@ -32,9 +27,13 @@ def launched(num_processes, backend="ddp"):
     if backend == "ddp":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
         return command, environment | {"ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{backend}.yaml")]
-    command += [f"--num_processes={num_processes}", "--mixed_precision=no", "--main_process_port=0", str(AS_GPUS)]
-    return command, environment
+    return [*accelerate_launch(num_processes, backend), str(AS_GPUS)], environment
+
+
+def accelerate_launch(num_processes, backend):
+    config = ["--config_file", str(CONFIGS / f"{backend}.yaml"), f"--num_processes={num_processes}"]
+    on_cpu = ["--mixed_precision=no", "--main_process_port=0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *config, *on_cpu]
 
 
 def run(folder, num_processes, backend="ddp", **settings):
@@ -136,6 +135,28 @@ def test_attempts_are_generated_from_shards(tmp_path, backend, make_arithmetic_t
         expected = trainer.evaluate()
         for key in ("accuracy_t1", "accuracy_t2", "edit_distance_ratio", "completions/mean_length_t2"):
             assert got[f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"]), key
+
+
+SHORT_RUN = """
+    --task arithmetic --max_steps 2 --stage1_steps 1 --per_device_train_batch_size 8 --max_completion_length 8
+    --num_train_problems 16 --num_eval_problems 8 --per_device_eval_batch_size 4
+    --bf16 false --gradient_checkpointing false --report_to none
+""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", *SHARDED])
+def test_example_runs_with_each_configuration(tmp_path, backend):
+    """`accelerate launch --config_file ..`, two steps: trained, evaluated before and after, saved with its card."""
+    command = accelerate_launch(2, backend)
+    command += ["--cpu"] if backend == "ddp" else [str(AS_GPUS)]
+    command += [str(TESTS.parent / "examples" / "math.py"), *SHORT_RUN, "--output_dir", str(tmp_path)]
+    command += ["--use_cpu"] if backend == "ddp" else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Accuracy@t2" in done.stdout
+    assert {"model.safetensors", "README.md", "self_correction.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("backend", ["fsdp_version", "zero_stage"])
