@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def run(folder, num_processes, backend="ddp", **settings):
     return result, load_file(next((folder / "model").glob("*.safetensors")))
 
 
+@pytest.fixture(scope="module")
+def run_one(tmp_path_factory):
+    """The run of one process on four rollouts at a time, which several tests compare with."""
+
+    @cache
+    def run_cached(settings):
+        folder = tmp_path_factory.mktemp("one") / "run"
+        return run(folder, 1, per_device_train_batch_size=4, **json.loads(settings))
+
+    return lambda **settings: run_cached(json.dumps(settings, sort_keys=True))
+
+
 def assert_same(several, one):
     (result_of_several, weights_of_several), (result_of_one, weights_of_one) = several, one
     assert weights_of_several.keys() == weights_of_one.keys()
@@ -80,13 +93,13 @@ FOUR_ROLLOUTS = {"num_generations": 4, "stage1_steps": 2}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_two_processes_give_the_update_of_one(tmp_path, options):
+def test_two_processes_give_the_update_of_one(tmp_path, run_one, options):
     """
     Groups of four rollouts, two on each rank: the leave-one-out baseline needs the other rank's rewards. Two steps of Stage I
     and two of Stage II on the same rollouts, of different lengths, some cut off.
     """
     settings = FOUR_ROLLOUTS | options
-    one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    one = run_one(**settings)
     two = run(tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
     base = load_file(BASE_MODEL_PATH / "model.safetensors")
     assert max((one[1][name] - value).abs().max() for name, value in base.items() if name in one[1]) > 1e-3
@@ -95,19 +108,19 @@ def test_two_processes_give_the_update_of_one(tmp_path, options):
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-def test_four_processes_give_the_update_of_one(tmp_path, lora):
+def test_four_processes_give_the_update_of_one(tmp_path, run_one, lora):
     """One rollout on each rank, so that a baseline is all from other ranks."""
     settings = FOUR_ROLLOUTS | {"lora": lora}
-    one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    one = run_one(**settings)
     assert_same(run(tmp_path / "four", 4, per_device_train_batch_size=1, **settings), one)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("backend", SHARDED)
-def test_shards_give_the_update_of_one_process(tmp_path, backend, lora):
+def test_shards_give_the_update_of_one_process(tmp_path, run_one, backend, lora):
     """The same rollouts, with weights, gradients or optimizer states in pieces on two processes. The saved model is whole."""
     settings = FOUR_ROLLOUTS | {"lora": lora}
-    one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    one = run_one(**settings)
     two = run(tmp_path / "two", 2, backend, per_device_train_batch_size=2, **settings)
     assert two[0]["kind"] == ("FSDP" if backend == "fsdp2" else "DEEPSPEED")
     assert_same(two, one)
@@ -115,8 +128,8 @@ def test_shards_give_the_update_of_one_process(tmp_path, backend, lora):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", SHARDED)
-def test_four_shards_give_the_update_of_one_process(tmp_path, backend):
-    one = run(tmp_path / "one", 1, per_device_train_batch_size=4, **FOUR_ROLLOUTS)
+def test_four_shards_give_the_update_of_one_process(tmp_path, run_one, backend):
+    one = run_one(**FOUR_ROLLOUTS, lora=False)
     assert_same(run(tmp_path / "four", 4, backend, per_device_train_batch_size=1, **FOUR_ROLLOUTS), one)
 
 
