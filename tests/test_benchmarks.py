@@ -34,7 +34,12 @@ def test_update_beside_stock_and_beside_a_forward_for_each_attempt(run):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--lora", "--attempts", "3"], ["--qlora", "--dtype", "bfloat16", "--no_stock"]]
+    "options",
+    [
+        [],
+        pytest.param(["--lora", "--attempts", "3"], marks=pytest.mark.slow),
+        pytest.param(["--qlora", "--dtype", "bfloat16", "--no_stock"], marks=pytest.mark.slow),
+    ],
 )
 def test_step_by_purpose_and_by_place(run, options):
     out = run("step.py", *STEP, *options)
@@ -45,6 +50,7 @@ def test_step_by_purpose_and_by_place(run, options):
     assert ("a step, ours / stock" in out) == ("--no_stock" not in options)
 
 
+@pytest.mark.slow
 def test_figure_of_the_cost_over_generated_tokens(run, tmp_path):
     out = run("step.py", *STEP, "--figure", tmp_path / "linear.png", "--points", 2)
     assert out.count("R² = ") == 3

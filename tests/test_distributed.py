@@ -115,7 +115,7 @@ def test_four_processes_give_the_update_of_one(tmp_path, run_one, lora):
     assert_same(run(tmp_path / "four", 4, per_device_train_batch_size=1, **settings), one)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("backend", SHARDED)
 def test_shards_give_the_update_of_one_process(tmp_path, run_one, backend, lora):
     """The same rollouts, with weights, gradients or optimizer states in pieces on two processes. The saved model is whole."""
