@@ -551,3 +551,12 @@ def test_subclass_can_be_used_with_any_dataset_column(make_letters_trainer):
     rollouts(trainer, rows=4)
     assert seen == [["x", "y"]] * 8
     assert isinstance(trainer, SCoReTrainer)
+
+
+def test_a_prompt_is_tokenized_once_for_its_rollouts(make_arithmetic_trainer, monkeypatch):
+    trainer = make_arithmetic_trainer()
+    tokenize, seen = trainer._tokenize_prompts, []
+    monkeypatch.setattr(trainer, "_tokenize_prompts", lambda prompts: seen.append(len(prompts)) or tokenize(prompts))
+    prompts = [trainer.train_dataset[i]["prompt"] for i in (0, 0, 0, 1, 1, 0)]
+    assert trainer._prompt_ids(prompts) == tokenize(prompts)[0]
+    assert seen == [3]

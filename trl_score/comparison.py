@@ -161,7 +161,7 @@ def last_attempt(folders: list[str | Path]) -> tuple[np.ndarray, np.ndarray]:
 def tokens_figure(runs: dict[str, list[str | Path]], before: dict[str, int] | None = None) -> Figure:
     """
     Accuracy of the last attempt at the evaluation's problems over the tokens sampled for training, by name the folder of each
-    seed; line: mean over seeds, band: smallest to largest.
+    seed: the mean over seeds.
 
     Args:
         runs (`dict[str, list[str]]`):
@@ -173,9 +173,9 @@ def tokens_figure(runs: dict[str, list[str | Path]], before: dict[str, int] | No
     axes = figure.subplots()
     for number, (name, folders) in enumerate(runs.items()):
         tokens = (curves(folders, "eval_num_generated_tokens")[1].mean(0) + (before or {}).get(name, 0)) / 1000
-        found, color = 100 * last_attempt(folders)[1], COLORS[number % len(COLORS)]
-        axes.plot(tokens, found.mean(0), color=color, linestyle="-" if number < len(COLORS) else "--", label=name)
-        axes.fill_between(tokens, found.min(0), found.max(0), color=color, alpha=0.08, linewidth=0)
+        found = 100 * last_attempt(folders)[1].mean(0)
+        style = {"color": COLORS[number % len(COLORS)], "linestyle": "-" if number < len(COLORS) else "--"}
+        axes.plot(tokens, found, label=name, **style)
     axes.set_xlabel("tokens sampled, thousands")
     axes.set_ylabel("accuracy of the last attempt, held-out problems, %")
     figure.legend(loc="outside right center")

@@ -7,6 +7,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -309,7 +310,7 @@ class SCoReTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         mode = "train" if self.model.training else "eval"
-        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        prompt_ids = self._prompt_ids(prompts)
         # The rollouts of a problem share their prompt, but not their first attempt, unless they are asked to.
         partly = mode == "train" and (self.args.num_offline > 0 or self.second_attempts_per_first > 1)
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
@@ -350,6 +351,12 @@ class SCoReTrainer(GRPOTrainer):
             "logprobs": rollouts.completion_logprobs,
             "env_mask": [[int(k > 0) for k in row] for row in trained],
         }
+
+    def _prompt_ids(self, prompts: list) -> list[list[int]]:
+        """Token ids of each prompt; those of a problem's rollouts, which are consecutive, are made once."""
+        groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
+        prompt_ids, _, _ = self._tokenize_prompts([prompt for prompt, _ in groups])
+        return [list(ids) for ids, (_, number) in zip(prompt_ids, groups, strict=True) for _ in range(number)]
 
     def _is_offline(self, index: int) -> bool:
         """Whether the rollout at a position of the whole batch, over all processes, has a stored first attempt."""
