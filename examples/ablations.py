@@ -66,6 +66,7 @@ OPTIONS = {  # each changes one thing of the recipe
     "joint schedule": ["--stage_schedule", "joint"],
     "whitened advantages": ["--whiten_advantages", "true"],
     "sequence-level KL": ["--kl_level", "sequence"],
+    "half the learning rate in Stage II": ["--stage2_learning_rate", "2.5e-4"],
     "offline first attempts, half": ["--offline_first_attempts", "0.5"],
     "two second attempts per first": ["--second_attempts_per_first", "2", "--second_attempts_from_stage", "2"],
     "half the rollouts": [],

@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH, MAX_COMPLETION_LENGTH, answer, problems, split_of
+from trl_score.tasks.arithmetic_base.make import Conversations
 
 
 def test_answer_lands_on_zero():
@@ -100,3 +102,25 @@ def test_score_learns_to_correct_and_without_stage_one_or_bonus_it_collapses(tmp
     assert t2["SCoRe"] > 95 and delta["SCoRe"] > 10
     assert abs(delta["no Stage I, no bonus"]) < 5
     assert t2["no Stage I"] < t2["SCoRe"] - 5
+
+
+def test_conversations_of_three_attempts():
+    """Of the extra lessons for a base that makes third attempts: what is learnt, and where the hint stands."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
+    mix = Conversations(tokenizer, 0.0, torch.Generator().manual_seed(0), num_attempts=3)
+    input_ids, labels = mix.batch(64)
+    assert input_ids.shape == (64, 8 + 8 + 2 * (5 + 8))
+    hints = 0
+    for row, learnt in zip(input_ids, labels != -100, strict=True):
+        starts = [i for i in range(1, len(row)) if learnt[i] and not learnt[i - 1]]
+        assert starts in ([8], [8, 21, 34])
+        gold = answer(tokenizer.decode(row[1:7]))
+        lines = [tokenizer.decode(row[start : start + 7]) for start in starts]
+        assert all(row[start - 1] == mix.assistant and row[start + 7] == mix.end for start in starts)
+        for start, before, line in zip(starts[1:], lines, lines[1:], strict=False):
+            if (row[start - 4 : start - 1] == mix.hint).all():
+                hints += 1
+                assert before != gold and line == gold
+            else:
+                assert (int(line[0]) - int(before[0])) % 10 in (0, 1)
+    assert hints > 5

@@ -245,7 +245,7 @@ def test_options_have_their_tokens_in_the_table(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("study", "methods"), [("paper", 15), ("options", 13), ("three", 4)])
+@pytest.mark.parametrize(("study", "methods"), [("paper", 15), ("options", 14), ("three", 4)])
 def test_all_ablations_at_a_small_size(tmp_path, study, methods):
     sizes = ["--max_steps", "6", "--stage1_steps", "2", "--rollouts_per_step", "128", "--num_train_problems", "64"]
     sizes += ["--num_eval_problems", "100", "--study", study]

@@ -13,6 +13,10 @@ The data are conversations; the loss is on the assistant's turns.
   - 70 % under the correction instruction: the second attempt copies the first or slips by one, without regard to
     whether the first was right. So the base model breaks right attempts, and never repairs on purpose. (A small share
     of real corrections is present until the model has learnt the start, and absent afterwards.)
+
+With `--num_attempts 3 --model_name_or_path DIR` a model that is there learns some more, so that it knows of third attempts: all
+conversations of two attempts have a third one after the second, as the second is after the first (the hint only where that is
+wrong). Half a minute.
 """
 
 import argparse
@@ -87,8 +91,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 class Conversations:
     """Random batches of the data described above, as token ids."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, real_corrections: float, generator: torch.Generator):
-        self.real_corrections = real_corrections
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        real_corrections: float,
+        generator: torch.Generator,
+        num_attempts: int = 2,
+    ):
+        self.real_corrections, self.num_attempts = real_corrections, num_attempts
         self.generator = generator
         buckets = bucket_of(torch.arange(10**NUM_DIGITS))
         self.allowed = torch.isin(buckets, torch.tensor(SPLITS["pretrain"]))
@@ -118,31 +128,37 @@ class Conversations:
         wrong = two_attempts & (hinted | (self.random(size) < 0.5))
         offset = torch.randint(1, 10, (size,), generator=self.generator)
         first = torch.where(wrong, (start + offset) % 10, start)
-        slips = self.random(size) < torch.where(digits[:, -1] >= 7, 0.7, 0.2)
-        second = torch.where(slips, (first + 1) % 10, first)
-        corrected = hinted | (self.random(size) < self.real_corrections)
-        second = torch.where(corrected, start, second)
-
         column = torch.ones(size, 1, dtype=torch.long)
-        instruction = torch.where(hinted[:, None], self.hint, self.instruction)
-        turn = [column * self.user, instruction, column * self.assistant]
-        attempts = [self.line(first, digits), column * self.end], [self.line(second, digits), column * self.end]
-        prompt = [column * self.user, digits, column * self.assistant]
-        input_ids = torch.cat([*prompt, *attempts[0], *turn, *attempts[1]], dim=1)
-        labels = input_ids.clone()
-        first_length = NUM_DIGITS + 2
-        labels[:, :first_length] = -100
-        labels[:, 2 * first_length : 2 * first_length + 5] = -100
-        labels[~two_attempts, 2 * first_length :] = -100
+        of_user, of_assistant = column * self.user, column * self.assistant
+        parts = [of_user, digits, of_assistant, self.line(first, digits), column * self.end]
+        learnt = [(NUM_DIGITS + 2, torch.ones_like(two_attempts))]  # where an attempt starts, and in which rows it is
+        attempt = first
+        for number in range(2, self.num_attempts + 1):
+            if number > 2:
+                hinted = (self.random(size) < 0.3) & (attempt != start)
+            slips = self.random(size) < torch.where(digits[:, -1] >= 7, 0.7, 0.2)
+            after = torch.where(slips, (attempt + 1) % 10, attempt)
+            corrected = hinted | (self.random(size) < self.real_corrections)
+            attempt = torch.where(corrected, start, after)
+            parts += [of_user, torch.where(hinted[:, None], self.hint, self.instruction), of_assistant]
+            learnt.append((sum(part.size(1) for part in parts), two_attempts))
+            parts += [self.line(attempt, digits), column * self.end]
+        input_ids = torch.cat(parts, dim=1)
+        labels = torch.full_like(input_ids, -100)
+        for begin, rows in learnt:
+            span = slice(begin, begin + NUM_DIGITS + 2)
+            labels[:, span] = torch.where(rows[:, None], input_ids[:, span], -100)
         return input_ids, labels
 
 
 @torch.no_grad()
-def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[str]) -> tuple[float, float]:
-    """Accuracy of the first and the second attempt, in percent."""
+def greedy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[str], num_attempts: int = 2
+) -> list[float]:
+    """Accuracy of each attempt, in percent."""
     conversations = [[{"role": "user", "content": row}] for row in rows]
     accuracies = []
-    for _ in range(2):
+    for _ in range(num_attempts):
         inputs = tokenizer.apply_chat_template(
             conversations, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
         )
@@ -153,7 +169,7 @@ def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: li
         for conversation, text in zip(conversations, texts, strict=True):
             conversation.append({"role": "assistant", "content": text})
             conversation.append({"role": "user", "content": Arithmetic.correction_instruction})
-    return accuracies[0], accuracies[1]
+    return accuracies
 
 
 def train(model, conversations, *, steps: int, learning_rate, stop=None) -> int:
@@ -183,7 +199,11 @@ def main() -> None:
     parser.add_argument("--cool_down_steps", type=int, default=100)
     parser.add_argument("--recalibration_steps", type=int, default=120)
     parser.add_argument("--max_steps", type=int, default=6000)
+    parser.add_argument("--num_attempts", type=int, default=2, choices=(2, 3))
+    parser.add_argument("--model_name_or_path", help="model that learns of third attempts")
     args = parser.parse_args()
+    if (args.num_attempts == 3) != (args.model_name_or_path is not None):
+        parser.error("--num_attempts 3 and --model_name_or_path go together.")
 
     set_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -193,9 +213,22 @@ def main() -> None:
     assert all(split_of(row) == "pretrain" for row in held_out)
 
     def report(step: int, loss: float) -> bool:
-        first, second = greedy(model, tokenizer, held_out)
-        print(f"step {step}: loss {loss:.3f}, accuracy@t1 {first:.1f}, accuracy@t2 {second:.1f}", flush=True)
-        return first >= args.target
+        found = greedy(model, tokenizer, held_out, args.num_attempts)
+        text = ", ".join(f"accuracy@t{k} {accuracy:.1f}" for k, accuracy in enumerate(found, start=1))
+        print(f"step {step}: loss {loss:.3f}, {text}", flush=True)
+        return found[0] >= args.target
+
+    if args.num_attempts == 3:
+        model = LlamaForCausalLM.from_pretrained(args.model_name_or_path)
+        for corrections, steps, rate in ((0.03, 200, 1e-3), (0.0, args.recalibration_steps, 5e-4)):  # as below
+            mix = Conversations(tokenizer, real_corrections=corrections, generator=generator, num_attempts=3)
+            train(
+                model, mix, steps=steps, learning_rate=lambda step, steps=steps, rate=rate: rate * (1 - step / steps)
+            )
+            report(steps, 0.0)
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        return
 
     # 1. Until the model guesses the start often enough, then a linear cool-down.
     mix = Conversations(tokenizer, real_corrections=0.03, generator=generator)
