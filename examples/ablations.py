@@ -246,7 +246,7 @@ def token_columns(runs: dict[str, list[Path]]) -> dict[str, dict[str, str]]:
             if target:
                 sampled = {folder: tokens_until(folder, target) for folder in folders}
             else:
-                sampled = {folder: curves([folder], "num_generated_tokens")[1].max() for folder in folders}
+                sampled = {folder: curves([folder], "eval_num_generated_tokens")[1].max() for folder in folders}
             tokens = [
                 (stored_tokens(folder) + number) / 1000 for folder, number in sampled.items() if number is not None
             ]

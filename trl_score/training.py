@@ -208,20 +208,8 @@ def show(trainer: SCoReTrainer) -> None:
         for k, attempt in enumerate(attempts, start=1):
             print(f"attempt {k}  {attempt}")
 
-    steps = [log for log in trainer.state.log_history if "step_time" in log]
-    names = ("step_time", "time/batch", "time/rollout", "time/reference", "time/reward")
-    mean = {name: sum(log[name] for log in steps) / len(steps) for name in names}
     total = next(log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log)
-    seconds = {
-        "rollouts": mean["time/rollout"],
-        "reference": mean["time/reference"],
-        "rewards": mean["time/reward"],
-        "updates": mean["step_time"] - mean["time/batch"],
-    }
-    shares = ", ".join(
-        f"{name} {100 * value * trainer.state.max_steps / total:.0f} %" for name, value in seconds.items()
-    )
-    print(f"\n{total:.0f} s of training: {shares}, the rest evaluation, optimizer and bookkeeping")
+    print(f"\n{total:.0f} s of training{shares_of_time(trainer, total)}")
     numbers = {
         "table": table,
         "num_problems": len(trainer.eval_dataset),
@@ -230,6 +218,23 @@ def show(trainer: SCoReTrainer) -> None:
     }
     Path(trainer.args.output_dir, "self_correction.json").write_text(json.dumps(numbers, indent=2))
     print(f"Model, metrics and model card: {Path(trainer.args.output_dir).resolve()}")
+
+
+def shares_of_time(trainer: SCoReTrainer, total: float) -> str:
+    """Where `total` seconds went; nothing where the run was shorter than `logging_steps`."""
+    steps = [log for log in trainer.state.log_history if "step_time" in log]
+    if not steps:
+        return ""
+    names = ("step_time", "time/batch", "time/rollout", "time/reference", "time/reward")
+    mean = {name: sum(log[name] for log in steps) / len(steps) for name in names}
+    seconds = {
+        "rollouts": mean["time/rollout"],
+        "reference": mean["time/reference"],
+        "rewards": mean["time/reward"],
+        "updates": mean["step_time"] - mean["time/batch"],
+    }
+    shares = [f"{name} {100 * value * trainer.state.max_steps / total:.0f} %" for name, value in seconds.items()]
+    return f": {', '.join(shares)}, the rest evaluation, optimizer and bookkeeping"
 
 
 def main() -> None:
