@@ -108,7 +108,7 @@ def comparison_table(
     columns = next(iter(found.values())).keys()
     if any(each.keys() != columns for each in found.values()):
         raise ValueError("The evaluations to compare have different numbers of attempts.")
-    last, more = max(column for column in columns if column.startswith("accuracy")), more or {}
+    last, more = [column for column in columns if column.startswith("accuracy")][-1], more or {}
     names = ["method", "seeds", *map(label, columns), *more]
     if against in found:
         names.append(f"@{last.removeprefix('accuracy_')} minus {against}'s")
@@ -155,7 +155,8 @@ def tokens_until(folder: str | Path, accuracy: float) -> int | None:
 def last_attempt(folders: list[str | Path]) -> tuple[np.ndarray, np.ndarray]:
     """[`curves`] of the accuracy of the last attempt at the evaluation's problems."""
     history = json.loads((Path(folders[0]) / STATE).read_text("utf-8"))["log_history"]
-    return curves(folders, max(key for log in history for key in log if key.startswith("eval_accuracy_t")))
+    found = {key for log in history for key in log if key.startswith("eval_accuracy_t")}
+    return curves(folders, max(found, key=lambda key: int(key.removeprefix("eval_accuracy_t"))))
 
 
 def tokens_figure(runs: dict[str, list[str | Path]], before: dict[str, int] | None = None) -> Figure:

@@ -3,7 +3,7 @@ What it saves to go on from the key-value cache of the attempt before, on this m
 
     python tests/benchmarks/rollout.py
 
-Rollouts of two attempts by a random model of 30M parameters, with and without reuse in turn within one run, all attempts of the
+Rollouts of two attempts by a random model, with and without reuse in turn within one run, all attempts of the
 same length. Medians of the ratios of neighbouring rollouts, with the smallest and the largest. `--help` shows the sizes.
 """
 
@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext
 
 import torch
-from common import columns, header, line, make_model, random_ids
+from common import SIZES, columns, header, line, make_model, random_ids
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_score.cache import reused_cache
@@ -43,6 +43,7 @@ def seconds(model: PreTrainedModel, prompts: list, bridges: list, length: int, r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Two attempts, with and without reuse of the cache.")
+    parser.add_argument("--model", choices=SIZES, default="30m", help="Size, with random weights.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024], help="Tokens of an attempt.")
     parser.add_argument("--prompt", type=int, default=128, help="Tokens of the longest prompt.")
     parser.add_argument("--bridge", type=int, default=48, help="Tokens of the longest bridge.")
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="Pairs of rollouts.")
     args = parser.parse_args()
 
-    model = make_model("30m").eval()
+    model = make_model(args.model).eval()
     header(
         model.num_parameters(),
         f"{args.batch} rollouts of 2 attempts, prompts of {args.prompt // 2} to {args.prompt} tokens, bridges of "
