@@ -408,7 +408,32 @@ def test_qlora_trains_and_its_reference_is_the_quantized_base(make_arithmetic_tr
     trainer.train()
     moved = {name for name, value in weights_of(trainer.model).items() if not torch.equal(before[name], value)}
     assert moved and all("lora_" in name for name in moved)
-    assert_reference_is_base(trainer, atol=1e-3, quantization_config=quantization)
+    assert_reference_is_base(trainer, quantization_config=quantization)
+
+
+@pytest.mark.parametrize("given", ["before it generates", "after it generated"])
+def test_qlora_has_the_same_gradients_after_generating(make_arithmetic_trainer, given):
+    """bitsandbytes packs the weights for inference on some CPUs, and no gradient goes through packed weights."""
+    ids = torch.arange(5, 15)[None]
+    model = AutoModelForCausalLM.from_pretrained(BASE_MODEL_PATH, quantization_config=BitsAndBytesConfig(**NF4))
+
+    def gradients(model):
+        """Of the embeddings, behind all layers."""
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model.train()
+        model(inputs_embeds=embeddings, labels=ids).loss.backward()
+        return embeddings.grad
+
+    expected = gradients(model)
+    if given == "after it generated":
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    trainer = make_arithmetic_trainer({"peft_config": LoraConfig(**LORA), "model": model})
+    tolerance = {"rtol": 0, "atol": 0}
+    if given == "after it generated":  # packing had rounded the scales of the weights to bfloat16
+        tolerance = {"rtol": 0, "atol": 0.03 * expected.abs().max().item()}
+    torch.testing.assert_close(gradients(trainer.model), expected, **tolerance)  # LoRA starts at zero
+    trainer.generate_attempts([[{"role": "user", "content": "1 2 3 4 5 6"}]])
+    torch.testing.assert_close(gradients(trainer.model), expected, **tolerance)
 
 
 def test_reference_of_a_model_that_carries_an_adapter_is_the_base_under_it(make_arithmetic_trainer, tmp_path):

@@ -48,6 +48,7 @@ from .objective import (
     tree_advantages,
     whitened_advantages,
 )
+from .quantization import keep_differentiable
 from .rollout import Bridge, Rollouts, decode_attempts, roll_out
 from .score_config import SCoReConfig
 from .snapshot import Snapshot
@@ -177,6 +178,7 @@ class SCoReTrainer(GRPOTrainer):
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError("Images are not supported by SCoRe. Pass a tokenizer as `processing_class`.")
         self._check_shards()
+        keep_differentiable(self.model)
         self._set_reference()
 
         self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs)
