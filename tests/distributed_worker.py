@@ -9,12 +9,12 @@ import random
 import sys
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 from transformers import AutoConfig, set_seed
 
 from trl_score import SCoReConfig, SCoReTrainer
 from trl_score.checks import TRAINED_FLAG
+from trl_score.evaluation import disconnect
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
@@ -88,10 +88,7 @@ def main():
         (folder / "result.json").write_text(json.dumps(result))
         if not with_lora:
             assert getattr(AutoConfig.from_pretrained(folder / "model"), TRAINED_FLAG)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or the first process to go aborts the other's connection
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    disconnect()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from .collection import collect
-from .evaluation import evaluate_self_correction, processes, table
+from .evaluation import disconnect, evaluate_self_correction, processes, table
 from .rollout import Bridge, Rollouts, tokenize_prompt
 from .tasks import TASKS, Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
@@ -439,8 +439,7 @@ def main() -> None:
         print(describe(result))
         if evaluations:
             print(table(evaluations))
-    processes().wait_for_everyone()
-    processes().destroy_process_group()
+    disconnect()
 
 
 def describe(result: dict) -> str:

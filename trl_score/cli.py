@@ -226,13 +226,6 @@ def sandbox_backend() -> str:
     return sandbox.backend
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that speaks, where `accelerate launch` has started several."""
-    from .evaluation import processes
-
-    return processes().is_main_process
-
-
 def usage() -> str:
     lines = [
         "usage: trl-score COMMAND [OPTIONS]",
@@ -277,8 +270,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(report(rest))
         else:
             text = sample(command, rest)
-            if is_main_process():
+            from .evaluation import disconnect, processes
+
+            if processes().is_main_process:
                 print(text)
+            disconnect()
     except (OSError, ValueError, RuntimeError, ImportError) as error:  # what the user can mend is said in one line
         if os.environ.get("TRL_SCORE_TRACEBACK"):
             raise

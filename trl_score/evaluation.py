@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import platform
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -305,6 +306,14 @@ def _without(row: dict, name: str) -> dict:
 def processes() -> PartialState:
     """The processes that `accelerate launch` started, also without an accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def disconnect() -> None:
+    """For the end of a script: no process goes before all are done, nor while its connections still have work."""
+    processes().wait_for_everyone()
+    if processes().use_distributed:
+        time.sleep(0.1)  # gloo's thread frees the tensors of the last call, and aborts if Python is gone by then
+    processes().destroy_process_group()
 
 
 class Store:

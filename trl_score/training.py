@@ -10,6 +10,7 @@ from transformers import ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .collection import with_first_attempts
+from .evaluation import disconnect
 from .metrics import label
 from .score_config import CORRECTION_INSTRUCTION, SCoReConfig
 from .score_trainer import SCoReTrainer
@@ -186,8 +187,7 @@ def train(
     trainer.create_model_card()
     if eval_rows is not None:
         show(trainer)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or the first process to go aborts the others' connections
+    disconnect()
     return trainer
 
 
