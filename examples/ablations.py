@@ -240,18 +240,19 @@ def stored_tokens(folder: Path) -> int:
 
 def token_columns(runs: dict[str, list[Path]]) -> dict[str, dict[str, str]]:
     """What each run sampled in all and until its held-out accuracy reached the target: mean over the seeds, least and most."""
-    columns = {"thousand tokens sampled": {}, f"until @t2 ≥ {TARGET:.0%}": {}}
+    whole, until = "thousand tokens sampled", f"until @t2 ≥ {TARGET:.0%}"
+    columns = {whole: {}, until: {}}
     for name, folders in runs.items():
-        for column, target in zip(columns.values(), (0.0, TARGET), strict=True):
-            if target:
-                sampled = {folder: tokens_until(folder, target) for folder in folders}
-            else:
-                sampled = {folder: curves([folder], "eval_num_generated_tokens")[1].max() for folder in folders}
-            tokens = [
-                (stored_tokens(folder) + number) / 1000 for folder, number in sampled.items() if number is not None
-            ]
+        ends = {
+            whole: [curves([folder], "eval_num_generated_tokens")[1].max() for folder in folders],
+            until: [tokens_until(folder, TARGET) for folder in folders],
+        }
+        for column, numbers in ends.items():
+            pairs = zip(folders, numbers, strict=True)
+            tokens = [(stored_tokens(folder) + number) / 1000 for folder, number in pairs if number is not None]
             text = f"{sum(tokens) / len(tokens):.0f} [{min(tokens):.0f}, {max(tokens):.0f}]" if tokens else "never"
-            column[name] = f"{text}, {len(tokens)} of {len(folders)} seeds" if target and tokens else text
+            reached = f", {len(tokens)} of {len(folders)} seeds" if column == until and tokens else ""
+            columns[column][name] = text + reached
     return columns
 
 

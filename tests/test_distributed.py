@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
@@ -64,8 +65,7 @@ def assert_same(several, one):
     (result_of_several, weights_of_several), (result_of_one, weights_of_one) = several, one
     assert weights_of_several.keys() == weights_of_one.keys()
     for name, value in weights_of_one.items():
-        difference = (weights_of_several[name].float() - value).abs().max()
-        assert difference < 1e-5, f"{name}: {difference}"
+        torch.testing.assert_close(weights_of_several[name].float(), value, atol=2e-6, rtol=1e-5, msg=name)
     logs_of_several, logs_of_one = result_of_several["logs"], result_of_one["logs"]
     assert len(logs_of_one) == STEPS
     for got, expected in zip(logs_of_several, logs_of_one, strict=True):

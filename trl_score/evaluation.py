@@ -310,10 +310,11 @@ def processes() -> PartialState:
 
 def disconnect() -> None:
     """For the end of a script: no process goes before all are done, nor while its connections still have work."""
-    processes().wait_for_everyone()
-    if processes().use_distributed:
+    state = processes()
+    state.wait_for_everyone()
+    if state.use_distributed:
         time.sleep(0.1)  # gloo's thread frees the tensors of the last call, and aborts if Python is gone by then
-    processes().destroy_process_group()
+    state.destroy_process_group()
 
 
 class Store:

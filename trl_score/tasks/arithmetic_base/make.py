@@ -212,34 +212,28 @@ def main() -> None:
     held_out = problems("pretrain", 400, seed=1)  # only decides when to stop; the task's test split is never seen
     assert all(split_of(row) == "pretrain" for row in held_out)
 
-    def report(step: int, loss: float) -> bool:
+    def report(step: int, loss: float | None = None) -> bool:
         found = greedy(model, tokenizer, held_out, args.num_attempts)
         text = ", ".join(f"accuracy@t{k} {accuracy:.1f}" for k, accuracy in enumerate(found, start=1))
-        print(f"step {step}: loss {loss:.3f}, {text}", flush=True)
+        print(f"step {step}: {text}" + (f", loss {loss:.3f}" if loss is not None else ""), flush=True)
         return found[0] >= args.target
 
+    # 1. Until the model guesses the start often enough, then a linear cool-down. Or third attempts beside the others.
+    mix = Conversations(tokenizer, real_corrections=0.03, generator=generator, num_attempts=args.num_attempts)
     if args.num_attempts == 3:
         model = LlamaForCausalLM.from_pretrained(args.model_name_or_path)
-        for corrections, steps, rate in ((0.03, 200, 1e-3), (0.0, args.recalibration_steps, 5e-4)):  # as below
-            mix = Conversations(tokenizer, real_corrections=corrections, generator=generator, num_attempts=3)
-            train(
-                model, mix, steps=steps, learning_rate=lambda step, steps=steps, rate=rate: rate * (1 - step / steps)
-            )
-            report(steps, 0.0)
-        model.save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
-        return
-
-    # 1. Until the model guesses the start often enough, then a linear cool-down.
-    mix = Conversations(tokenizer, real_corrections=0.03, generator=generator)
-    train(model, mix, steps=args.max_steps, learning_rate=lambda step: 3e-3 * min(1, (step + 1) / 50), stop=report)
-    train(model, mix, steps=args.cool_down_steps, learning_rate=lambda step: 3e-3 * (1 - step / args.cool_down_steps))
-    report(args.cool_down_steps, 0.0)
+        train(model, mix, steps=200, learning_rate=lambda step: 1e-3 * (1 - step / 200))
+        report(200)
+    else:
+        train(model, mix, steps=args.max_steps, learning_rate=lambda step: 3e-3 * min(1, (step + 1) / 50), stop=report)
+        cool_down = args.cool_down_steps
+        train(model, mix, steps=cool_down, learning_rate=lambda step: 3e-3 * (1 - step / cool_down))
+        report(cool_down)
     # 2. No real correction under the correction instruction any more.
-    mix = Conversations(tokenizer, real_corrections=0.0, generator=generator)
+    mix = Conversations(tokenizer, real_corrections=0.0, generator=generator, num_attempts=args.num_attempts)
     steps = args.recalibration_steps
     train(model, mix, steps=steps, learning_rate=lambda step: 5e-4 * (1 - step / steps))
-    report(steps, 0.0)
+    report(steps)
 
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
