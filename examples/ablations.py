@@ -61,23 +61,14 @@ ABLATIONS = {
 }
 OPTIONS = {  # each changes one thing of the recipe
     "adaptive beta2": ["--adaptive_stage1_beta", "true"],
-    "two cycles": ["--stage1_cycles", "2"],
-    "alternating steps": [],  # as many cycles as there are pairs of steps
-    "joint schedule": ["--stage_schedule", "joint"],
-    "whitened advantages": ["--whiten_advantages", "true"],
     "sequence-level KL": ["--kl_level", "sequence"],
-    "half the learning rate in Stage II": ["--stage2_learning_rate", "2.5e-4"],
     "offline first attempts, half": ["--offline_first_attempts", "0.5"],
-    "two second attempts per first": ["--second_attempts_per_first", "2", "--second_attempts_from_stage", "2"],
     "half the rollouts": [],
     "two updates per batch": ["--num_iterations", "2"],
     "offline half, two updates": ["--offline_first_attempts", "0.5", "--num_iterations", "2"],
 }
 STORED = 8  # first attempts at each problem, for half of the rollouts
-THREE = {
-    "three attempts": ["--num_attempts", "3"],
-    "three attempts, I(b) to I(a)": ["--num_attempts", "3", "--stage1_reference", "previous"],
-}
+THREE = {"three attempts": ["--num_attempts", "3"]}
 STUDIES = {
     "paper": ["base", "Self-Refine", *BASELINES, *ABLATIONS, "SCoRe"],
     "options": ["base", *OPTIONS, "SCoRe"],
@@ -85,14 +76,7 @@ STUDIES = {
 }
 CHANGES = ABLATIONS | OPTIONS | THREE
 NOT_TRAINED = ("base", "Self-Refine")
-WITHOUT_STAGE1 = {
-    *NOT_TRAINED,
-    *BASELINES,
-    "single-attempt RL",
-    "no Stage I, no bonus",
-    "no Stage I",
-    "joint schedule",
-}
+WITHOUT_STAGE1 = {*NOT_TRAINED, *BASELINES, "single-attempt RL", "no Stage I, no bonus", "no Stage I"}
 TARGET = 0.95  # Accuracy@t2 at held-out problems, for the tokens that it takes
 
 
@@ -219,11 +203,7 @@ def commands(args, model: str, method: str, steps: int | None, seed: int, folder
             first += ["--num_samples", number, "--limit", args.num_train_problems, "--max_completion_length", 8]
             first += ["--batch_size", 1000, "--seed", seed, "--output_dir", folder / "first"]
             found, rl = [first], [*rl, "--first_attempts", folder / "first"]
-        if method == "alternating steps":
-            rl += ["--stage1_cycles", args.max_steps // 2, "--stage1_steps", args.max_steps // 2]
-        elif method == "two second attempts per first":  # as many tokens: a step of Stage II samples 3/4 of them
-            rl += ["--max_steps", steps + (args.max_steps - steps) * 4 // 3]
-        elif method == "half the rollouts":
+        if method == "half the rollouts":
             rl += ["--per_device_train_batch_size", args.rollouts_per_step // 2]
         elif method in THREE:  # another turn of Stage I, and as much again for Stage II
             rl += ["--stage1_steps", 2 * steps, "--max_steps", args.max_steps + 2 * steps]

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from test_score_trainer import per_token_gradient, rollouts
 
+from trl_score.first_attempts import attempt_tokens, sample_or_take, stored_attempts
 from trl_score.objective import leave_one_out_advantages
 from trl_score.tasks import Arithmetic
 
@@ -25,7 +26,7 @@ def test_single_attempt_rl_trains_one_attempt_and_measures_two(make_arithmetic_t
     trainer = make_arithmetic_trainer(num_attempts=1, stage1_steps=0, max_steps=2)
     inputs = rollouts(trainer)
     assert set(inputs["attempt_ids"].unique().tolist()) <= {0, 1}
-    rewards = trainer._attempt_rewards[0]
+    rewards = trainer._batch.rewards[0]
     expected = leave_one_out_advantages(rewards, trainer.num_generations)
     torch.testing.assert_close(inputs["advantages"][:, 0], expected[:, 0])
     trainer.train()
@@ -51,10 +52,10 @@ def test_stored_first_attempts_are_used_graded_and_not_trained(make_arithmetic_t
     )
     inputs = rollouts(trainer)
     stored = [set(trainer.train_dataset[i]["first_attempts"]) for i in range(2)]
-    texts = [completion[0]["content"] for completion in trainer._completions[0]]
+    texts = [completion[0]["content"] for completion in trainer._batch.completions[0]]
     assert set(texts[:4]) == stored[0] and set(texts[4:]) == stored[1]  # all three, before one comes again
     gold = [trainer.train_dataset[i // 4]["answer"] for i in range(8)]
-    assert trainer._attempt_rewards[0][:, 0].tolist() == [float(t == g) for t, g in zip(texts, gold, strict=True)]
+    assert trainer._batch.rewards[0][:, 0].tolist() == [float(t == g) for t, g in zip(texts, gold, strict=True)]
     assert 1 not in inputs["attempt_ids"] and 2 in inputs["attempt_ids"]
     gradient, _ = per_token_gradient(trainer, inputs)
     assert (gradient[inputs["attempt_ids"] == 0] == 0).all() and (gradient != 0).any()
@@ -76,7 +77,7 @@ def test_sampled_and_stored_first_attempts_in_one_group(make_arithmetic_trainer)
     assert calls == [4, 8]  # first attempts of half of the rows, second ones of all
     has_first = (inputs["attempt_ids"] == 1).any(1).tolist()
     assert has_first == [True, True, False, False] * 2
-    first, second = (values[:, 0] for values in trainer._attempt_rewards)
+    first, second = (values[:, 0] for values in trainer._batch.rewards)
     for start in (0, 4):
         first_token = inputs["advantages"][start : start + 2, 0]
         torch.testing.assert_close(first_token, first[start : start + 2] - first[start : start + 2].flip(0))
@@ -90,19 +91,16 @@ def test_sampled_and_stored_first_attempts_in_one_group(make_arithmetic_trainer)
 def test_the_draw_of_stored_attempts_is_the_same_on_all_processes_and_differs_between_steps(make_arithmetic_trainer):
     rows = with_stored(attempts=("1", "2", "3"))
     trainer = make_arithmetic_trainer({"train_dataset": rows}, offline_first_attempts=1.0)
-    trainer.model.train()
     batch = [trainer.train_dataset[i // 4] for i in range(8)]
-    whole = trainer._stored_attempts(batch)
-    accelerator = trainer.accelerator
+
+    def stored(rows, start=0, step=0):
+        return stored_attempts(rows, start, trainer.args, step, trainer._tokenizer)
+
     parts = []
-    for process in range(4):
-        trainer.accelerator = SimpleNamespace(process_index=process)
-        parts += trainer._stored_attempts(batch[2 * process : 2 * process + 2])
-    assert parts == whole
-    trainer.accelerator = accelerator
-    drawn = []
-    for trainer.state.global_step in range(6):
-        drawn.append(trainer._stored_attempts(batch))
+    for start in range(0, 8, 2):  # four processes
+        parts += stored(batch[start : start + 2], start)
+    assert parts == stored(batch)
+    drawn = [stored(batch, step=step) for step in range(6)]
     assert len({str(each) for each in drawn}) > 1
 
 
@@ -112,8 +110,9 @@ def test_a_process_without_a_row_to_sample_takes_part_in_the_generation(make_ari
     trainer.accelerator = SimpleNamespace(process_index=1, num_processes=2)
     calls = []
     trainer._generate_single_turn = lambda ids, *_, **__: (calls.append(ids) or [[7]] * len(ids), None)
-    trainer._stored = [[1, 2], [3]]
-    assert trainer._sample_or_take([[5], [6]]) == ([[1, 2], [3]], None)
+    sample = lambda contexts, num_generations: trainer._generate_single_turn(contexts)  # noqa: E731
+    taken = sample_or_take([[5], [6]], [[1, 2], [3]], sample, trainer._num_sampled)
+    assert taken == ([[1, 2], [3]], None)
     assert calls == [[[5], [5]]]
 
 
@@ -126,7 +125,7 @@ def test_evaluation_samples_its_first_attempts(make_arithmetic_trainer):
 def test_token_ids_and_text_are_the_same_stored_attempts(make_arithmetic_trainer):
     texts = with_stored()
     trainer = make_arithmetic_trainer({"train_dataset": texts}, offline_first_attempts=1.0)
-    ids = [[trainer._attempt_tokens(text) for text in row] for row in texts["first_attempts"]]
+    ids = [[attempt_tokens(text, trainer._tokenizer) for text in row] for row in texts["first_attempts"]]
     other = make_arithmetic_trainer(
         {"train_dataset": texts.remove_columns("first_attempts").add_column("first_attempts", ids)},
         offline_first_attempts=1.0,

@@ -54,7 +54,7 @@ def test_naive_training_sets_off_the_alarm(make_arithmetic_trainer, caplog):
 
     def repeat(prompts, self):
         output = original(prompts, self)
-        for row in trainer._rollouts.attempts:
+        for row in trainer._batch.rollouts.attempts:
             row[1] = row[0]
         return output
 

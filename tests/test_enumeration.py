@@ -10,14 +10,7 @@ import itertools
 import pytest
 import torch
 
-from trl_score.objective import (
-    kl_weights,
-    leave_one_out_advantages,
-    shaped_rewards,
-    shared_first_credit,
-    spread_to_tokens,
-    tree_advantages,
-)
+from trl_score.objective import Stage, shaped_rewards, spread_to_tokens, stage_one, stage_two, targets
 from trl_score.rollout import roll_out
 
 
@@ -118,30 +111,35 @@ def exact_objective(log_probs, reference, inputs, rewards, credit, weights, gamm
     return value
 
 
-def expected_advantages(rewards, probabilities, num_generations, penalty=None, **shaping):
-    """The advantage of each rollout, averaged over all groups that it can be in: (R, N)."""
+def expected_targets(rewards, stage, probabilities, num_generations=2, stored=None, log_ratio=None, **settings):
+    """
+    [`targets`] of each rollout, averaged over all groups that it can be in: advantages (R, N), and the KL weights (N,). With
+    `stored`, the first attempts of all rollouts are stored ones.
+    """
     rows = len(rewards)
     others = list(itertools.product(range(rows), repeat=num_generations - 1))
-    index = torch.tensor([[row, *other] for row in range(rows) for other in others])  # (R * groups, G)
-    if penalty is not None:
-        shaping["penalty"] = penalty[index.flatten()]
-    advantages = leave_one_out_advantages(shaped_rewards(rewards[index.flatten()], **shaping), num_generations)
+    index = torch.tensor([[row, *other] for row in range(rows) for other in others]).flatten()  # (R * groups * G,)
+    settings = {"beta": 0.0, "stage1_beta": 0.0} | settings
+    advantages, weights = targets(
+        rewards[index],
+        stage,
+        num_generations=num_generations,
+        log_ratio=None if log_ratio is None else log_ratio[index],
+        stored=None if stored is None else torch.full((len(index),), stored),
+        **settings,
+    )
     advantages = advantages.view(rows, len(others), num_generations, -1)[:, :, 0]  # of the first of each group
     chance = probabilities[torch.tensor(others)].prod(1)  # of the others
-    return (advantages * chance[None, :, None]).sum(1)
-
-
-CASES = [
-    *({"stage": 1, "target": 2, "gamma": gamma, "alpha": 10.0} for gamma in (0, 1)),
-    *({"stage": 2, "target": 2, "gamma": gamma, "alpha": alpha} for gamma in (0, 1) for alpha in (0.0, 2.0, 10.0)),
-    {"stage": 2, "kl_stage": 1, "target": None, "gamma": 0, "alpha": 10.0},  # `stage_schedule="joint"`
-]
+    return (advantages * chance[None, :, None]).sum(1), weights.double()
 
 
 def cases_for(num_attempts):
-    if num_attempts == 2:
-        return CASES
-    return [*CASES, *({"stage": 1, "target": 3, "gamma": gamma, "alpha": 10.0} for gamma in (0, 1))]
+    """Stage, discount, bonus; the last is a schedule of its own: all attempts credited, all but the last held."""
+    number = num_attempts
+    for gamma in (0, 1):
+        yield from ((stage_one(target), gamma, 10.0) for target in range(2, number + 1))
+        yield from ((stage_two(number), gamma, alpha) for alpha in (0.0, 2.0, 10.0))
+    yield Stage(2, credited=tuple(range(1, number + 1)), held=tuple(range(1, number))), 0, 10.0
 
 
 KL = [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)]
@@ -155,17 +153,14 @@ def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, nu
     probabilities = attempt_log_probs(log_probs()[0], inputs, num_attempts).sum(1).exp().detach()
     torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0).double())  # nothing is left out
 
-    for case, (beta, stage1_beta) in itertools.product(cases_for(num_attempts), KL):
-        stage, target, gamma, alpha = case["stage"], case["target"], case["gamma"], case["alpha"]
-        weights = kl_weights(
-            case.get("kl_stage", stage), beta=beta, stage1_beta=stage1_beta, num_attempts=num_attempts, target=target
-        ).double()
-        penalty = None
-        if kl_level == "sequence":
-            current, reference = (attempt_log_probs(x, inputs, num_attempts).detach() for x in log_probs())
-            penalty = weights * (current - reference)
-        advantages = expected_advantages(
-            rewards, probabilities, 2, penalty, stage=stage, target=target, gamma=gamma, alpha=alpha
+    log_ratio = None
+    if kl_level == "sequence":
+        current, reference = (attempt_log_probs(x, inputs, num_attempts).detach() for x in log_probs())
+        log_ratio = current - reference
+    for (stage, gamma, alpha), (beta, stage1_beta) in itertools.product(cases_for(num_attempts), KL):
+        settings = {"alpha": alpha, "beta": beta, "stage1_beta": stage1_beta}
+        advantages, weights = expected_targets(
+            rewards, stage, probabilities, gamma=gamma, log_ratio=log_ratio, **settings
         )
         # The loss is linear in advantages and KL weights, so weighting both by each rollout's probability makes the mean
         # over all rollouts the expectation.
@@ -176,16 +171,17 @@ def test_expected_gradient_equals_autograd_of_the_exact_objective(enumerated, nu
             {
                 **inputs,
                 "advantages": spread_to_tokens(advantages * scale, inputs["attempt_ids"]),
-                "kl_weights": spread_to_tokens(weights * scale * (kl_level == "token"), inputs["attempt_ids"]),
+                "kl_weights": spread_to_tokens(weights * scale, inputs["attempt_ids"]),
             },
         )
         computed = torch.autograd.grad(-loss * LENGTH, parameters)  # dr_grpo divides by the limit
 
-        credit = shaped_rewards(rewards, stage=stage, target=target, gamma=0, alpha=alpha)
-        objective = exact_objective(*log_probs(), inputs, rewards, credit, weights, gamma, kl_level)
+        credit = shaped_rewards(rewards, stage, gamma=0, alpha=alpha)
+        held = torch.tensor([stage1_beta * (k in stage.held) for k in range(1, num_attempts + 1)])
+        objective = exact_objective(*log_probs(), inputs, rewards, credit, beta + held.double(), gamma, kl_level)
         exact = torch.autograd.grad(objective, parameters)
         for got, expected in zip(computed, exact, strict=True):  # TRL's fused LM head computes in float32
-            torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4, msg=f"{case} {beta=} {stage1_beta=}")
+            torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4, msg=f"{stage} {gamma=} {settings}")
         assert max(gradient.abs().max() for gradient in exact) > 1e-3
 
 
@@ -206,9 +202,8 @@ def test_baseline_is_unbiased_in_groups_of_three(enumerated):
     """The expected advantage is the credit minus its mean, whatever the size of the group."""
     _trainer, inputs, rewards, log_probs = enumerated(2)
     probabilities = attempt_log_probs(log_probs()[0], inputs, 2).sum(1).exp().detach()
-    shaping = {"stage": 2, "alpha": 10.0}
-    advantages = expected_advantages(rewards, probabilities, 3, **shaping)
-    credit = shaped_rewards(rewards, **shaping)
+    advantages, _ = expected_targets(rewards, stage_two(2), probabilities, 3, alpha=10.0)
+    credit = shaped_rewards(rewards, stage_two(2), alpha=10.0)
     torch.testing.assert_close(advantages, credit - (probabilities[:, None] * credit).sum(0))
 
 
@@ -221,7 +216,7 @@ def test_trajectory_reward_on_both_attempts_would_not_be_the_objective(enumerate
     trainer.beta = 0.0
     parameters = list(trainer.model.parameters())
     probabilities = attempt_log_probs(log_probs()[0], inputs, 2).sum(1).exp().detach()
-    credit = shaped_rewards(rewards, stage=2, alpha=10.0)
+    credit = shaped_rewards(rewards, stage_two(2), alpha=10.0)
     wrong = credit.sum(1, keepdim=True).expand(-1, 2) * probabilities[:, None] * len(probabilities)
     loss = trainer._compute_loss(
         trainer.model, {**inputs, "advantages": spread_to_tokens(wrong, inputs["attempt_ids"])}
@@ -232,7 +227,7 @@ def test_trajectory_reward_on_both_attempts_would_not_be_the_objective(enumerate
     assert max((got - expected).abs().max() for got, expected in zip(computed, exact, strict=True)) > 1e-2
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [stage_one(2), stage_two(2)])
 def test_expected_gradient_with_stored_first_attempts(enumerated, stage):
     """
     First attempts from another model: the second attempt's expectation is taken at them, and nothing is asked of their own
@@ -246,14 +241,11 @@ def test_expected_gradient_with_stored_first_attempts(enumerated, stage):
     probabilities = (stored * of_second.exp()).detach()
     torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0).double())
 
-    credit = shaped_rewards(rewards, stage=stage, alpha=10.0)
-    unknown = credit.clone()
-    unknown[:, 0] = torch.nan
-    index = torch.cartesian_prod(torch.arange(len(credit)), torch.arange(len(credit)))  # all groups of two
-    advantages = leave_one_out_advantages(unknown[index.flatten()], 2).view(len(credit), -1, 2, 2)[:, :, 0]
-    advantages = (advantages * probabilities[None, :, None]).sum(1)
+    credit = shaped_rewards(rewards, stage, alpha=10.0)
+    advantages, weights = expected_targets(
+        rewards, stage, probabilities, stored=True, alpha=10.0, beta=0.3, stage1_beta=0.7
+    )
     assert (advantages[:, 0] == 0).all()
-    weights = kl_weights(stage, beta=0.3, stage1_beta=0.7).double()
     attempt_ids = torch.where(inputs["attempt_ids"] == 2, 2, 0)
     scale = probabilities[:, None] * len(probabilities)
     loss = trainer._compute_loss(
@@ -277,100 +269,3 @@ def test_expected_gradient_with_stored_first_attempts(enumerated, stage):
     for got, expected in zip(computed, exact, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
     assert max(gradient.abs().max() for gradient in exact) > 1e-3
-
-
-# Several second attempts at each first one
-
-
-def all_trees(probabilities, num_attempts, num_first, shared):
-    """
-    All groups of `num_first` first attempts with `shared` continuations each: the rollouts in them, (trees, num_first *
-    shared), and their probabilities, (trees,).
-    """
-    of_first = round(len(probabilities) ** (1 / num_attempts))  # first attempts
-    rest = len(probabilities) // of_first  # continuations of each
-    first_probability = probabilities.view(of_first, rest).sum(1)
-    branches, chances = [], []
-    for first in range(of_first):
-        continuations = list(itertools.product(range(rest), repeat=shared))
-        rows = first * rest + torch.tensor(continuations)  # (rest ** shared, shared)
-        branches.append(rows)
-        chances.append(first_probability[first] * (probabilities[rows] / first_probability[first]).prod(1))
-    branches, chances = torch.cat(branches), torch.cat(chances)
-    index = torch.cartesian_prod(*[torch.arange(len(branches))] * num_first)  # (trees, num_first)
-    return branches[index].flatten(1), chances[index].prod(1)
-
-
-def mean_over_trees(values, trees, chances, rows):
-    """What each rollout has in the mean over the rows of a tree, in expectation over the trees: (R, K)."""
-    values = values * chances.repeat_interleave(trees.size(1)).unsqueeze(1) / trees.size(1)
-    return values.new_zeros(rows, values.size(1)).index_add(0, trees.flatten(), values)
-
-
-TREES = [  # attempts, their limit of tokens, first attempts of a problem, second ones at each
-    *((2, 2, 2, 2), (2, 1, 2, 3), (2, 1, 3, 2)),
-    (3, 1, 2, 2),
-]
-
-
-@pytest.mark.parametrize("kl_level", ["token", "sequence"])
-@pytest.mark.parametrize(("num_attempts", "length", "num_first", "shared"), TREES)
-def test_expected_gradient_over_all_trees_is_that_of_the_exact_objective(
-    enumerated, num_attempts, length, num_first, shared, kl_level
-):
-    """With the constant that it has without trees: the rows of a tree are its rollouts, and `dr_grpo` divides by them."""
-    trainer, inputs, rewards, log_probs = enumerated(num_attempts, length)
-    parameters, rows = list(trainer.model.parameters()), len(rewards)
-    current, reference = (attempt_log_probs(x, inputs, num_attempts).detach() for x in log_probs())
-    probabilities = current.sum(1).exp()
-    trees, chances = all_trees(probabilities, num_attempts, num_first, shared)
-    torch.testing.assert_close(chances.sum(), torch.tensor(1.0).double())
-    ones = torch.ones(trees.numel(), 1).double()
-    torch.testing.assert_close(mean_over_trees(ones, trees, chances, rows)[:, 0], probabilities)
-
-    for case, (beta, stage1_beta) in itertools.product(cases_for(num_attempts), KL[1:]):
-        stage, target, gamma, alpha = case["stage"], case["target"], case["gamma"], case["alpha"]
-        weights = kl_weights(
-            case.get("kl_stage", stage), beta=beta, stage1_beta=stage1_beta, num_attempts=num_attempts, target=target
-        ).double()
-        penalty = (weights * (current - reference))[trees.flatten()] if kl_level == "sequence" else 0.0
-        credit = shaped_rewards(
-            rewards[trees.flatten()], stage=stage, target=target, gamma=gamma, alpha=alpha, penalty=penalty
-        )
-        advantages = tree_advantages(shared_first_credit(credit, shared), num_first * shared, shared)
-        kl = (weights * (kl_level == "token")).expand(trees.numel(), -1)
-        advantages, kl = (rows * mean_over_trees(values, trees, chances, rows) for values in (advantages, kl))
-        trainer.beta = beta
-        loss = trainer._compute_loss(
-            trainer.model,
-            {
-                **inputs,
-                "advantages": spread_to_tokens(advantages, inputs["attempt_ids"]),
-                "kl_weights": spread_to_tokens(kl, inputs["attempt_ids"]),
-            },
-        )
-        computed = torch.autograd.grad(-loss * length, parameters)
-        credit = shaped_rewards(rewards, stage=stage, target=target, gamma=0, alpha=alpha)
-        objective = exact_objective(*log_probs(), inputs, rewards, credit, weights, gamma, kl_level)
-        exact = torch.autograd.grad(objective, parameters)
-        for got, expected in zip(computed, exact, strict=True):
-            torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4, msg=f"{case} {beta=} {stage1_beta=}")
-        assert max(gradient.abs().max() for gradient in exact) > 1e-3
-
-
-def test_counting_a_shared_first_attempt_again_in_its_baseline_or_dividing_it_would_be_seen(enumerated):
-    """
-    The expected advantage of a first attempt is its credit minus the mean credit. A baseline over all other rollouts has the
-    attempt itself in it (here with one third), and a factor of 1 / m in front is a factor of 1 / m.
-    """
-    _, inputs, rewards, log_probs = enumerated(2)
-    probabilities = attempt_log_probs(log_probs()[0], inputs, 2).sum(1).exp().detach()
-    trees, chances = all_trees(probabilities, 2, num_first=2, shared=2)
-    credit = shaped_rewards(rewards, stage=2, alpha=10.0)
-    expected = (probabilities[:, None] * (credit - (probabilities[:, None] * credit).sum(0)))[:, 0]
-    ours = tree_advantages(credit[trees.flatten()], 4, 2)
-    plain = leave_one_out_advantages(credit[trees.flatten()], 4)
-    ours, plain = (mean_over_trees(values, trees, chances, len(rewards))[:, 0] for values in (ours, plain))
-    torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(plain, expected * 2 / 3)
-    assert expected.abs().max() > 1e-2

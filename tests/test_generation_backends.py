@@ -110,7 +110,7 @@ def test_vllm_samples_groups_for_the_first_attempt_and_one_each_for_the_second(m
     assert [call["num_generations"] for call in vllm.calls] == [4, 1, 4, 1]
     assert [call["temperature"] for call in vllm.calls] == [1.0] * 4
     assert vllm.syncs == 2  # once per step, not per attempt
-    rollouts = trainer._rollouts
+    rollouts = trainer._batch.rollouts
     expected = [
         prompt + attempts[0] + bridges[0]
         for prompt, attempts, bridges in zip(rollouts.prompt_ids, rollouts.attempts, rollouts.bridges, strict=True)
@@ -364,7 +364,7 @@ def test_server_gets_problems_for_the_first_attempt_and_contexts_for_the_second(
     trainer, vllm = make_trl_vllm_trainer("server", max_steps=1, stage1_steps=1)
     trainer.train()
     first, second = vllm.requests
-    rollouts = trainer._rollouts
+    rollouts = trainer._batch.rollouts
     assert (first["n"], second["n"]) == (4, 1)
     assert first["prompts"] == rollouts.prompt_ids[::4] and len(first["prompts"]) == 2
     assert second["prompts"] == [

@@ -1,22 +1,20 @@
 """Options of the KL penalties and of the stages that are not on by default."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from peft import LoraConfig
 from test_ablations import with_stored
-from test_score_trainer import LORA, base_log_probs, move, per_token_gradient, rollouts
+from test_score_trainer import move, rollouts
 
-from trl_score import SCoReConfig
 from trl_score.objective import (
+    Stage,
     balanced_stage1_beta,
-    kl_weights,
     leave_one_out_advantages,
     shaped_rewards,
+    stage_one,
+    stage_two,
     sum_per_attempt,
+    two_stages,
 )
-from trl_score.snapshot import Snapshot
 
 
 def first_token(values, attempt_ids, attempt):
@@ -46,10 +44,10 @@ def test_sequence_kl_stands_in_the_advantages_and_not_in_the_loss(make_arithmeti
         )
     kl = sum_per_attempt(policy - inputs["ref_per_token_logps"], ids, 2)
     assert kl.abs().max() > 0.01
-    rewards = torch.cat(trainer._attempt_rewards, dim=1)
-    stage = 1 if step == 0 else 2
-    credit = shaped_rewards(rewards, stage=stage, alpha=10.0) - kl_weights(stage, beta=0.3, stage1_beta=0.7) * kl
-    expected = leave_one_out_advantages(credit, 4)
+    rewards = torch.cat(trainer._batch.rewards, dim=1)
+    credit = shaped_rewards(rewards, stage_one(2) if step == 0 else stage_two(2), alpha=10.0)
+    weights = torch.tensor([1.0, 0.3] if step == 0 else [0.3, 0.3])
+    expected = leave_one_out_advantages(credit - weights * kl, 4)
     for k in (1, 2):
         torch.testing.assert_close(first_token(inputs["advantages"], ids, k), expected[:, k - 1], atol=1e-5, rtol=1e-4)
     assert (inputs["kl_weights"] == 0).all()
@@ -127,22 +125,28 @@ def test_adaptive_beta_is_logged_and_moves(make_arithmetic_trainer, kl_level):
     assert "stage1_beta" not in logs[3]
 
 
-# Cycles, and both stages at once
+# Schedules of one's own
 
 
-def test_cycles_of_both_stages(make_arithmetic_trainer):
-    trainer = make_arithmetic_trainer(stage1_cycles=2, max_steps=4)
+def test_a_schedule_says_what_each_step_optimizes(make_arithmetic_trainer):
+    """Two cycles of two steps, as in the docs' recipe."""
+
+    def two_cycles(step, max_steps):
+        return two_stages(step % 2, 2, stage1_steps=1, num_attempts=2)
+
+    trainer = make_arithmetic_trainer({"schedule": two_cycles}, max_steps=4)
     trainer.train()
     assert [log["stage"] for log in trainer.state.log_history if "stage" in log] == [1, 2, 1, 2]
-    trainer.create_model_card()
-    assert "| other options | stage1_cycles=2 |" in Path(trainer.args.output_dir, "README.md").read_text()
 
 
-def test_joint_stage_has_the_bonus_and_the_strict_kl(make_arithmetic_trainer):
-    trainer = make_arithmetic_trainer(stage_schedule="joint", num_attempts=3, max_steps=2, adaptive_stage1_beta=True)
+def test_joint_schedule_has_the_bonus_and_the_strict_kl(make_arithmetic_trainer):
+    joint = Stage(2, credited=(1, 2, 3), held=(1, 2))
+    trainer = make_arithmetic_trainer(
+        {"schedule": lambda step, max_steps: joint}, num_attempts=3, max_steps=2, adaptive_stage1_beta=True
+    )
     inputs = rollouts(trainer)
-    rewards = torch.cat(trainer._attempt_rewards, dim=1)
-    advantages = leave_one_out_advantages(shaped_rewards(rewards, stage=2, alpha=10.0), 4)
+    rewards = torch.cat(trainer._batch.rewards, dim=1)
+    advantages = leave_one_out_advantages(shaped_rewards(rewards, stage_two(3), alpha=10.0), 4)
     for k, weight in ((1, 0.11), (2, 0.11), (3, 0.01)):
         ids = inputs["attempt_ids"]
         torch.testing.assert_close(first_token(inputs["advantages"], ids, k), advantages[:, k - 1])
@@ -150,136 +154,3 @@ def test_joint_stage_has_the_bonus_and_the_strict_kl(make_arithmetic_trainer):
     trainer.train()
     logs = [log for log in trainer.state.log_history if "stage" in log]
     assert [log["stage"] for log in logs] == [2, 2] and all("stage1_beta" in log for log in logs)
-
-
-def test_joint_configuration_can_be_read_again(tmp_path):
-    config = SCoReConfig(str(tmp_path), bf16=False, stage_schedule="joint")
-    assert config.stage1_steps == 0
-    SCoReConfig(str(tmp_path), bf16=False, stage_schedule="joint", stage1_steps=config.stage1_steps)
-
-
-# Stage I(b)'s reference
-
-
-@pytest.mark.parametrize("peft", [False, True])
-def test_second_sub_stage_holds_to_the_model_that_the_first_produced(make_arithmetic_trainer, peft):
-    """
-    The gradient at a held token is beta1 (log pi - log pi_base) + beta2 (log pi - log pi_a); at a token of attempt 3, beta1's
-    and the advantage alone.
-    """
-    trainer = make_arithmetic_trainer(
-        {"peft_config": LoraConfig(**LORA)} if peft else {},
-        num_attempts=3,
-        stage1_steps=4,
-        stage1_reference="previous",
-        beta=0.2,
-        stage1_beta=0.6,
-    )
-
-    def shift():
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.05 * torch.randn_like(parameter)
-
-    rollouts(trainer, step=1)
-    assert trainer._previous is None  # Stage I(a)
-    shift()
-    rollouts(trainer, step=2)
-    assert trainer._previous.target == 3
-    produced = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    shift()
-    inputs = rollouts(trainer, step=3)
-    gradient, policy = per_token_gradient(trainer, inputs)
-    ids = inputs["attempt_ids"]
-    base = base_log_probs(trainer, inputs)
-    trainer.model.load_state_dict(produced)
-    _, former = per_token_gradient(trainer, inputs)
-    assert (policy - former).abs()[ids > 0].max() > 0.01 and (base - former).abs()[ids > 0].max() > 0.01
-    held = (ids == 1) | (ids == 2)
-    expected = 0.2 * (policy - base) + 0.6 * (policy - former) * held - inputs["advantages"]
-    torch.testing.assert_close(gradient[ids > 0] * len(ids) * 8, expected[ids > 0], atol=2e-5, rtol=1e-3)
-    rollouts(trainer, step=4)
-    assert trainer._previous is None  # Stage II
-
-
-def test_snapshot_gives_the_weights_back(make_arithmetic_trainer):
-    model = make_arithmetic_trainer().model
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    snapshot = Snapshot.of(model, target=3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 1.0
-    with pytest.raises(KeyError), snapshot.in_place_of_the_weights(model):
-        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-        raise KeyError
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name] + 1.0) and parameter.requires_grad
-
-
-# Advantages of one size
-
-
-def test_whitened_advantages_have_the_deviation_one_in_each_attempt(make_arithmetic_trainer):
-    """Over the credited attempts: the stored first ones have none."""
-    trainer = make_arithmetic_trainer(
-        {
-            "train_dataset": with_stored(),
-            "reward_funcs": lambda completions, **_: [float(sum(map(ord, str(c))) % 7) for c in completions],
-        },
-        whiten_advantages=True,
-        offline_first_attempts=0.5,
-        stage1_steps=0,
-        per_device_train_batch_size=32,
-    )
-    inputs = rollouts(trainer, rows=32)
-    for k, credited in ((1, 16), (2, 32)):
-        advantages = first_token(inputs["advantages"], inputs["attempt_ids"], k)
-        assert (~advantages.isnan()).sum() == credited
-        assert advantages.nanmean().item() == pytest.approx(0.0, abs=1e-4)
-        assert advantages.square().nanmean().item() == pytest.approx(1.0, abs=1e-3)
-
-
-# Learning rate of Stage II
-
-
-def learning_rates(trainer, **kwargs):
-    trainer.train(**kwargs)
-    return [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [1, 1, 1, 0.25, 0.25, 0.25]),
-        ({"stage1_cycles": 3}, [1, 0.25, 1, 0.25, 1, 0.25]),
-        ({"lr_scheduler_type": "linear"}, [1, 5 / 6, 4 / 6, 3 / 24, 2 / 24, 1 / 24]),
-    ],
-    ids=["sequential", "alternating", "linear"],
-)
-def test_stage_two_has_its_own_learning_rate(make_arithmetic_trainer, options, expected):
-    options = {"max_steps": 6, "stage1_steps": 3, "learning_rate": 4e-4, "stage2_learning_rate": 1e-4} | options
-    assert learning_rates(make_arithmetic_trainer(**options)) == pytest.approx([4e-4 * rate for rate in expected])
-
-
-def test_learning_rate_of_stage_two_is_right_after_a_resume(make_arithmetic_trainer, tmp_path):
-    options = {
-        "max_steps": 4,
-        "stage1_steps": 2,
-        "learning_rate": 4e-4,
-        "stage2_learning_rate": 1e-4,
-        "save_strategy": "steps",
-    }
-    make_arithmetic_trainer(**options, save_steps=1, output_dir=str(tmp_path)).train()
-    for step in (1, 2, 3):
-        trainer = make_arithmetic_trainer(**options, output_dir=str(tmp_path))
-        found = learning_rates(trainer, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert found == pytest.approx([4e-4, 4e-4, 1e-4, 1e-4])
-
-
-def test_a_given_scheduler_and_a_learning_rate_of_stage_two_are_refused(make_arithmetic_trainer):
-    parameters = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    with pytest.raises(ValueError, match="`optimizers` has a scheduler of its own"):
-        make_arithmetic_trainer({"optimizers": (optimizer, scheduler)}, stage2_learning_rate=1e-4)

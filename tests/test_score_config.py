@@ -21,12 +21,6 @@ BAD_CONFIGURATIONS = [
     ({"offline_first_attempts": 1.5}, "`offline_first_attempts=1.5` is a share of the rollouts"),
     ({"offline_first_attempts": 0.01}, "of `num_generations=8` rollouts is none of them"),
     ({"offline_first_attempts": 1, "num_attempts": 1, "stage1_steps": 0}, "would leave nothing to train"),
-    ({"second_attempts_per_first": 0}, "`second_attempts_per_first=0` is the number of second attempts"),
-    ({"second_attempts_per_first": 2, "num_attempts": 1, "stage1_steps": 0}, "with `num_attempts=1`"),
-    ({"second_attempts_per_first": 3}, "do not divide into two or more runs of `second_attempts_per_first=3`"),
-    ({"second_attempts_per_first": 8}, "Set `num_generations` to a multiple of 8, 16 or more"),
-    ({"second_attempts_per_first": 4, "offline_first_attempts": 0.5}, "leaves a single first attempt of each problem"),
-    ({"second_attempts_from_stage": 3}, "`second_attempts_from_stage=3` is no stage"),
     ({"alpha": -1.0}, "`alpha=-1.0` would reward turning right attempts into wrong ones"),
     ({"gamma": 1.5}, "`gamma=1.5` is not a discount"),
     ({"gamma": -0.1}, "`gamma=-0.1` is not a discount"),
@@ -50,38 +44,10 @@ BAD_CONFIGURATIONS = [
         "nothing to adapt with `stage1_beta=0.1` and `stage1_steps=0`",
     ),
     ({"adaptive_stage1_beta": True, "stage1_beta": 0.0}, "nothing to adapt with `stage1_beta=0.0`"),
-    ({"stage_schedule": "both"}, "Unknown `stage_schedule='both'`. Set it to 'sequential' or 'joint'"),
-    (
-        {"stage_schedule": "joint", "stage1_steps": 0.3},
-        "has no Stage I of its own, so `stage1_steps=0.3` means nothing",
-    ),
-    ({"stage_schedule": "joint", "stage1_steps": 0, "num_attempts": 1}, "but `num_attempts=1` has none"),
-    ({"stage_schedule": "joint", "beta": 0.0}, "`beta=0.0` makes TRL load none"),
-    (
-        {"stage2_learning_rate": -1e-6},
-        "`stage2_learning_rate=-1e-06` with `learning_rate=5e-06`: set the first to 0 or",
-    ),
-    ({"stage2_learning_rate": 1e-6, "stage1_steps": 0}, "is for runs of two stages, but `stage1_steps=0` leaves one"),
-    ({"stage2_learning_rate": 1e-6, "stage_schedule": "joint"}, "but `stage_schedule=joint` leaves one"),
-    (
-        {"stage2_learning_rate": 1e-6, "lr_scheduler_type": "greedy"},
-        "`lr_scheduler_type='greedy'` sets the learning rate by",
-    ),
-    ({"stage1_cycles": 0, "max_steps": 8}, "`stage1_cycles=0` divides the run's steps, `max_steps=8`"),
-    ({"stage1_cycles": 2}, "`stage1_cycles=2` divides the run's steps, `max_steps=-1`"),
-    ({"stage1_cycles": 5, "max_steps": 8}, "leaves 0.8 optimizer steps to the shortest stage of a cycle"),
-    ({"stage1_cycles": 3, "max_steps": 8, "num_attempts": 3}, "leaves 0.667 optimizer steps"),
-    ({"stage1_cycles": 2, "max_steps": 8, "stage1_steps": 8}, "leaves 0 optimizer steps"),
-    ({"stage1_cycles": 4, "max_steps": 8, "num_iterations": 2}, "but rollouts are made for 2 at a time"),
-    ({"stage1_reference": "first"}, "Unknown `stage1_reference='first'`. Set it to 'base' or 'previous'"),
-    ({"stage1_reference": "previous"}, "when it trains a third one, but `num_attempts=2`"),
-    (
-        {"stage1_reference": "previous", "num_attempts": 3, "use_bias_correction_kl": False},
-        "`use_bias_correction_kl=False` makes the penalty the forward KL",
-    ),
     ({"kl_level": "attempt"}, "Unknown `kl_level='attempt'`. Set it to 'token' (KL in the loss) or 'sequence'"),
     ({"scale_rewards": "group"}, "`scale_rewards='group'` is not supported"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not supported"),
+    ({"off_policy_mask_threshold": 0.5}, "`off_policy_mask_threshold=0.5` is not supported"),
 ]
 
 
@@ -108,20 +74,29 @@ def test_defaults_are_the_papers_and_warn_of_nothing(tmp_path):
     assert (config.num_attempts, config.num_generations_eval, config.eval_temperature) == (2, 1, 0.0)
 
 
-def test_runs_that_share_a_first_attempt_are_not_cut_by_a_process(tmp_path, monkeypatch):
-    """Four processes of 2 rollouts hold a group of 8; a run of 4 would be on two of them, a run of 2 is on one."""
-    monkeypatch.setattr(SCoReConfig, "world_size", 4)
-    settings = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "num_generations": 8,
-        "bf16": False,
-    }
-    SCoReConfig(str(tmp_path), second_attempts_per_first=2, **settings)
-    with pytest.raises(
-        ValueError, match=r"A process makes 2 rollouts at a time .* `per_device_train_batch_size` to a multi"
-    ):
-        SCoReConfig(str(tmp_path), second_attempts_per_first=4, **settings)
+REMOVED = [
+    *(
+        "second_attempts_per_first",
+        "second_attempts_from_stage",
+        "stage1_cycles",
+        "stage_schedule",
+        "stage1_reference",
+    ),
+    *(
+        "whiten_advantages",
+        "stage2_learning_rate",
+        "collapse_window",
+        "keep_best_checkpoint",
+        "best_checkpoint_window",
+    ),
+    "load_best_checkpoint_at_end",
+]
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_removed_options_are_unknown_fields(tmp_path, name):
+    with pytest.raises(TypeError, match=name):
+        SCoReConfig(str(tmp_path), bf16=False, **{name: 1})
 
 
 def test_training_without_any_kl_is_allowed(tmp_path):

@@ -240,7 +240,7 @@ def test_truncated_attempts_are_masked_one_by_one(make_letters_trainer):
     kept = [
         [(row == k).any().item() for k in (1, 2)] for row in inputs["attempt_ids"]
     ]  # an attempt is kept if it ended by itself
-    ended = [[ids[-1] == 2 for ids in attempts] for attempts in trainer._rollouts.attempts]
+    ended = [[ids[-1] == 2 for ids in attempts] for attempts in trainer._batch.rollouts.attempts]
     assert kept == ended
     assert {(True, False), (False, True)} <= {tuple(row) for row in kept}
 
@@ -259,7 +259,7 @@ def test_reward_functions_see_one_attempt_at_a_time(make_arithmetic_trainer):
     rollouts(trainer)
     assert [call[0] for call in calls] == [1, 2]
     for attempt, prompts, completions, completion_ids, answer in calls:
-        assert list(completion_ids) == [row[attempt - 1] for row in trainer._rollouts.attempts]
+        assert list(completion_ids) == [row[attempt - 1] for row in trainer._batch.rollouts.attempts]
         for completion, ids in zip(completions, completion_ids, strict=True):
             assert completion == [
                 {"role": "assistant", "content": trainer._tokenizer.decode(ids, skip_special_tokens=True)}
@@ -290,7 +290,7 @@ def test_several_rewards_async_ones_and_a_reward_model_work_together(make_arithm
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["one/attempt_1"] == 1 and log["one/attempt_2"] == 2
-    rewards = torch.stack(trainer._attempt_rewards, dim=1)  # (B, 2, 4)
+    rewards = torch.stack(trainer._batch.rewards, dim=1)  # (B, 2, 4)
     assert rewards[:, 0, 2].isnan().all() and (rewards[:, 1, 2] == 1).all()
     weights = torch.tensor([1.0, 0.5, 2.0, 0.1])
     total = (rewards.nan_to_num(0) * weights).sum(-1)
@@ -511,7 +511,9 @@ def test_instruction_of_the_row_overrides_the_configured_one(make_arithmetic_tra
     rows = Arithmetic(num_train=2).load("train").add_column("correction_instruction", ["wrong check again", None])
     trainer = make_arithmetic_trainer({"train_dataset": rows}, remove_unused_columns=False)
     rollouts(trainer)
-    said = [trainer._tokenizer.decode(between[0], skip_special_tokens=True) for between in trainer._rollouts.bridges]
+    said = [
+        trainer._tokenizer.decode(between[0], skip_special_tokens=True) for between in trainer._batch.rollouts.bridges
+    ]
     assert said == ["wrong check again"] * 4 + ["please check again"] * 4
 
 

@@ -1,12 +1,20 @@
 """What cannot work is refused before any model is loaded."""
 
-from datasets import Dataset
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
+from trl import is_conversational
 from trl.trainer.utils import get_config_model_id
 
+from .first_attempts import attempt_tokens
 from .score_config import SCoReConfig
 
 
+if TYPE_CHECKING:
+    from .score_trainer import SCoReTrainer
+
+ROWS_CHECKED = 10_000  # prompts tokenized at construction to check the context length
 TRAINED_FLAG = "score_trained"  # in the config.json of a model that SCoRe trained: it is no base model any more
 
 
@@ -82,3 +90,54 @@ def check_model(model, args: SCoReConfig):
             "with `resume_from_checkpoint`, or set `reference_model_name_or_path` to the base model. If it is meant as the "
             f"base of a new run, remove `{TRAINED_FLAG}` from its config.json."
         )
+
+
+def check_shards(trainer: "SCoReTrainer"):
+    """What needs whole weights is refused where no process has them."""
+    if trainer.args.reference_model_name_or_path is not None and (trainer._dist.is_zero3 or trainer._dist.is_fsdp):
+        raise ValueError(
+            "`reference_model_name_or_path` loads whole weights into the reference model, which ZeRO-3 and FSDP shard. "
+            "Start from the base model itself and leave it out, or train with DDP or ZeRO-2."
+        )
+
+
+class ContextCheck:
+    """All attempts of a prompt fit the model's context: asked of the longest one at construction, and of every batch."""
+
+    def __init__(self, trainer: "SCoReTrainer"):
+        args, tokenizer, rows = trainer.args, trainer._tokenizer, trainer.train_dataset
+        rows = list(
+            rows.take(100) if isinstance(rows, IterableDataset) else rows.select(range(min(len(rows), ROWS_CHECKED)))
+        )
+        if is_conversational(rows[0]) and tokenizer.chat_template is None:
+            raise ValueError(
+                "The dataset's prompts are chat messages, but the tokenizer has no chat template. Use a tokenizer that has "
+                "one, set `tokenizer.chat_template`, or give the prompts as text."
+            )
+        prompt_ids, _, _ = trainer._tokenize_prompts([row["prompt"] for row in rows])
+        longest = max(range(len(rows)), key=lambda i: len(prompt_ids[i]))
+        instruction = max((row.get("correction_instruction") or args.correction_instruction for row in rows), key=len)
+        # Of training, and of evaluation if there is one.
+        self.num_attempts = max(args.num_attempts, args.num_attempts_eval if trainer.eval_dataset else 0)
+        self.bridge_tokens = sum(
+            len(trainer._bridge([rows[longest]["prompt"]], [instruction], attempt, [[]])[0])
+            for attempt in range(1, self.num_attempts)
+        )
+        stored = [ids for row in rows for ids in row["first_attempts"]] if args.num_offline else []
+        self.longest_stored = max((len(attempt_tokens(ids, tokenizer)) for ids in stored), default=0)
+        self.max_completion_length = trainer.max_completion_length
+        self.limit = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+        if trainer.use_vllm and args.vllm_max_model_length is not None:
+            self.limit = min(self.limit or args.vllm_max_model_length, args.vllm_max_model_length)
+        self.check(len(prompt_ids[longest]))
+
+    def check(self, prompt_length: int):
+        longer = max(0, self.longest_stored - self.max_completion_length)
+        needed = prompt_length + self.num_attempts * self.max_completion_length + longer + self.bridge_tokens
+        if self.limit is not None and needed > self.limit:
+            raise ValueError(
+                f"The model's context of {self.limit} tokens is too short: a prompt of {prompt_length} tokens, "
+                f"{self.num_attempts} attempts of up to {self.max_completion_length} tokens (`max_completion_length` holds "
+                f"for each) and {self.bridge_tokens} tokens of correction instructions need {needed}. Lower "
+                "`max_completion_length` or drop the longest prompts."
+            )

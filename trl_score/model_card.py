@@ -12,17 +12,13 @@ from jinja2 import Template
 
 from ._version import __version__
 from .metrics import bootstrap_intervals, label
-from .objective import resolve_stage1_steps
 
 
 if TYPE_CHECKING:
     from .score_trainer import SCoReTrainer
 
 FIGURE = "images/training.png"
-OPTIONS = (  # shown where not the default
-    *("stage_schedule", "stage1_cycles", "adaptive_stage1_beta", "stage1_reference", "kl_level"),
-    *("whiten_advantages", "second_attempts_per_first", "second_attempts_from_stage"),
-)
+OPTIONS = ("adaptive_stage1_beta", "kl_level")  # shown where not the default
 
 
 def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str, tuple[float, float, float]]:
@@ -115,7 +111,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         decoding="greedy decoding" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}",
         max_steps=state.max_steps,
-        stage1_steps=min(resolve_stage1_steps(config.stage1_steps, state.max_steps), state.max_steps),
+        stage1_steps=sum(trainer.stage_at(step).number == 1 for step in range(state.max_steps)),
         rollouts_per_step=config.per_device_train_batch_size * config.world_size * config.gradient_accumulation_steps,
         schedule=getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type),
         figure=FIGURE if write_figure(path.parent / FIGURE, state.log_history) else None,

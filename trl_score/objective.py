@@ -10,9 +10,11 @@ The loss that `SCoReTrainer` minimizes is, with these functions' results spread 
 
 $$- \sum_k A_k \log \pi(y_k \mid x_k) + \sum_k w_k \, \mathrm{KL}(\pi(\cdot \mid x_k) \,\|\, \pi_\mathrm{ref}(\cdot \mid x_k))$$
 
-with $A$ = [`leave_one_out_advantages`] (or [`tree_advantages`]) of the [`shaped_rewards`] and $w$ = [`kl_weights`]. With a sequence-level KL the
-second term goes into the [`shaped_rewards`].
+with $A$ and $w$ from [`targets`]: the [`leave_one_out_advantages`] of the [`shaped_rewards`], and the [`kl_weights`]. With a
+sequence-level KL the second term is part of $A$.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,106 +36,141 @@ def resolve_stage1_steps(stage1_steps: float, max_steps: int) -> int:
     return round(stage1_steps * max_steps) if stage1_steps < 1 else int(stage1_steps)
 
 
-def stage_at(
-    step: int, stage1_steps: int, num_attempts: int = 2, *, cycles: int = 1, max_steps: int | None = None
-) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Stage:
+    r"""
+    What an optimizer step optimizes: which attempts are rewarded, and which are held to the reference model.
+
+    | | credited | held |
+    |---|---|---|
+    | Stage I of two attempts (Eq. 3) | 2 | 1 |
+    | Stage I(b) of three attempts (Appendix A.1) | 3 | 1, 2 |
+    | Stage II (Eq. 4 with the bonus) | all | none |
+
+    Attributes:
+        number (`int`):
+            1 or 2, as logged.
+        credited (`tuple[int, ...]`):
+            Attempts whose reward is credited, from 1. An attempt whose predecessor is credited too gets the bonus.
+        held (`tuple[int, ...]`):
+            Attempts on which $\beta_2$ is added to the weight of the KL penalty.
+
+    Raises:
+        `ValueError`: if no attempt is credited, or attempts are not numbered from 1.
     """
-    The stage of an optimizer step, and the attempt that Stage I trains. Stage I takes the attempts 2 .. N in turn, in
-    equal shares of its steps (Appendix A.1; for two attempts there is one turn). With several cycles the run is divided into
-    as many equal parts, and each begins with its share of Stage I; with `max_steps / 2` of them, Stage I having half of the
-    steps, the two objectives alternate.
+
+    number: int
+    credited: tuple[int, ...]
+    held: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not self.credited or min((*self.credited, *self.held)) < 1:
+            raise ValueError(
+                f"`credited={self.credited}` and `held={self.held}` are attempts, numbered from 1. Credit at least one."
+            )
+
+
+def stage_one(target: int) -> Stage:
+    """Stage I that trains attempt `target`, 2 or higher, and holds the ones before it (Eq. 3, Appendix A.1)."""
+    return Stage(1, (target,), tuple(range(1, target)))
+
+
+def stage_two(num_attempts: int) -> Stage:
+    """Stage II: all attempts are credited, none is held (Eq. 4)."""
+    return Stage(2, tuple(range(1, num_attempts + 1)))
+
+
+def two_stages(step: int, max_steps: int, *, stage1_steps: float, num_attempts: int) -> Stage:
+    """
+    The paper's schedule: Stage I, which trains the attempts 2 .. N in turn and in equal shares of its steps (Appendix A.1),
+    then Stage II.
 
     Args:
         step (`int`):
             Optimizer steps done so far.
-        stage1_steps (`int`):
-            Steps of Stage I.
-        num_attempts (`int`, *optional*, defaults to `2`):
+        max_steps (`int`):
+            Optimizer steps of the whole run.
+        stage1_steps (`float`):
+            Optimizer steps of Stage I, or their share of `max_steps` if below 1.
+        num_attempts (`int`):
             Attempts in a rollout.
-        cycles (`int`, *optional*, defaults to `1`):
-            Cycles of Stage I and Stage II.
-        max_steps (`int`, *optional*):
-            Optimizer steps of the whole run; needed for more than one cycle.
-
-    Returns:
-        `tuple[int, int]`: stage (1 or 2) and target attempt (2 .. N; N in Stage II).
 
     Example:
     ```python
-    >>> [stage_at(step, stage1_steps=4, num_attempts=3) for step in (0, 1, 2, 3, 4)]
-    [(1, 2), (1, 2), (1, 3), (1, 3), (2, 3)]
-    >>> [stage_at(step, stage1_steps=4, cycles=2, max_steps=8)[0] for step in range(8)]
-    [1, 1, 2, 2, 1, 1, 2, 2]
-    >>> [stage_at(step, stage1_steps=4, cycles=4, max_steps=8)[0] for step in range(8)]
-    [1, 2, 1, 2, 1, 2, 1, 2]
+    >>> [two_stages(step, 6, stage1_steps=4, num_attempts=3).credited for step in range(5)]
+    [(2,), (2,), (3,), (3,), (1, 2, 3)]
     ```
     """
-    if cycles > 1:  # in units of 1 / cycles of a step a cycle is as long as the run, and so is its Stage I
-        step = step * cycles - min(step * cycles // max_steps, cycles - 1) * max_steps
+    stage1_steps = resolve_stage1_steps(stage1_steps, max_steps)
     if step >= stage1_steps:
-        return 2, num_attempts
-    return 1, 2 + step * (num_attempts - 1) // stage1_steps
+        return stage_two(num_attempts)
+    return stage_one(2 + step * (num_attempts - 1) // stage1_steps)
 
 
-def shaped_rewards(
-    rewards: Tensor,
-    *,
-    stage: int,
-    alpha: float,
-    gamma: float = 0.0,
-    target: int | None = None,
-    penalty: Tensor | float = 0.0,
-) -> Tensor:
+def shaped_rewards(rewards: Tensor, stage: Stage, *, alpha: float, gamma: float = 0.0) -> Tensor:
     r"""
-    Reward credited to the tokens of each attempt. Stage I credits its target attempt only (Eq. 3); Stage II credits
-    every attempt (Eq. 4) and adds the bonus $\alpha (\hat r(y_k) - \hat r(y_{k-1}))$ to each but the first (Section
-    5.2). With a discount above 0 an attempt is also credited with what comes after it; the paper uses 0, as instantaneous
-    rewards are what keeps training from collapsing to no correction (Appendix A.4).
+    Reward credited to the tokens of each attempt: its own reward if the stage credits the attempt, and the bonus
+    $\alpha (\hat r(y_k) - \hat r(y_{k-1}))$ if the stage credits the attempt before it too (Section 5.2). So Stage I credits
+    the attempt that it trains (Eq. 3), and Stage II credits all attempts, each but the first with the bonus (Eq. 4).
 
     Args:
-        rewards (`torch.Tensor` of shape `(B, K)`):
-            Reward of each attempt; NaN where no reward function could score it.
-        stage (`int`):
-            1 or 2.
+        rewards (`torch.Tensor` of shape `(B, K)` or `(B, K, F)`):
+            Reward of each attempt, by each of `F` reward functions; NaN where a function could not score the attempt.
+        stage ([`Stage`]):
+            Which attempts are credited. Those beyond `K` are ignored: an evaluation can have fewer attempts.
         alpha (`float`):
             Bonus weight, no unit. The paper uses 10.
         gamma (`float`, *optional*, defaults to `0.0`):
-            Discount between attempts, in [0, 1]. At 1 every attempt is credited with the sum of its own and all later
-            rewards.
-        target (`int`, *optional*):
-            Attempt that Stage I trains; the last one if not given.
-        penalty (`torch.Tensor` of shape `(B, K)`, *optional*, defaults to `0.0`):
-            What is taken off each attempt's credit, before discounting: its weighted sequence-level KL, where that stands in
-            the reward and not in the loss (RLOO's own form of Eq. 2).
+            Discount between attempts, in [0, 1]. Above 0 an attempt is also credited with what comes after it. The paper
+            uses 0: instantaneous rewards keep training from collapsing to no correction (Appendix A.4).
 
     Returns:
-        `torch.Tensor` of shape `(B, K)`: NaN where the attempt, or another one that its credit depends on, is unscored.
-
-    Raises:
-        `ValueError`: if `stage` is not 1 or 2.
+        `torch.Tensor` of the shape of `rewards`: NaN where the function did not score the attempt, or another attempt that
+        the credit depends on.
 
     Example:
     ```python
-    >>> shaped_rewards(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), stage=2, alpha=10.0)  # i→c, c→i
+    >>> shaped_rewards(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), stage_two(2), alpha=10.0)  # i→c, c→i
     tensor([[  0.,  11.],
             [  1., -10.]])
     ```
     """
-    if stage == 1:
-        index = (target or rewards.size(1)) - 1
-        credit = torch.zeros_like(rewards)
-        credit[:, index] = rewards[:, index]
-    elif stage == 2:
-        credit = rewards.clone()
-        if alpha != 0:  # else an unscored attempt would make its successor unscored for nothing
-            credit[:, 1:] += alpha * (rewards[:, 1:] - rewards[:, :-1])
-    else:
-        raise ValueError(f"`stage` is 1 or 2, got {stage}.")
-    credit = credit - penalty
+    credit = torch.zeros_like(rewards)
+    for k in (k for k in stage.credited if k <= rewards.size(1)):
+        credit[:, k - 1] = rewards[:, k - 1]
+        if alpha != 0 and k - 1 in stage.credited:  # without a bonus, an unscored attempt leaves the next one scored
+            credit[:, k - 1] += alpha * (rewards[:, k - 1] - rewards[:, k - 2])
     if gamma != 0:
         for k in range(rewards.size(1) - 2, -1, -1):
             credit[:, k] += gamma * credit[:, k + 1]
     return credit
+
+
+def kl_weights(stage: Stage, *, beta: float, stage1_beta: float, num_attempts: int) -> Tensor:
+    r"""
+    Weight of the KL penalty on the tokens of each attempt: $\beta_1$ on all of them in both stages (Eqs. 2 and 4), and
+    $\beta_2$ added on the attempts that the stage holds to the reference model (Eq. 3).
+
+    Args:
+        stage ([`Stage`]):
+            Which attempts are held.
+        beta (`float`):
+            $\beta_1$, reward per nat. The paper uses 0.01.
+        stage1_beta (`float`):
+            $\beta_2$, reward per nat. The paper uses 0.1 for MATH and 0.25 for MBPP.
+        num_attempts (`int`):
+            Attempts in a rollout, `K`.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`.
+
+    Example:
+    ```python
+    >>> kl_weights(stage_one(2), beta=0.01, stage1_beta=0.1, num_attempts=2)
+    tensor([0.1100, 0.0100])
+    ```
+    """
+    return torch.tensor([beta + stage1_beta * (k in stage.held) for k in range(1, num_attempts + 1)])
 
 
 def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
@@ -143,14 +180,14 @@ def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     the rollout it is subtracted from, so the gradient stays unbiased.
 
     Args:
-        rewards (`torch.Tensor` of shape `(B, K)`):
+        rewards (`torch.Tensor` of shape `(B, K)` or `(B, K, F)`):
             Credit of each attempt, the rollouts of a problem in consecutive rows; NaN where there is none.
         num_generations (`int`):
             Rollouts per problem.
 
     Returns:
-        `torch.Tensor` of shape `(B, K)`: 0 where the credit is NaN, and where no other rollout of the problem has one (so
-        also everywhere for `num_generations=1`). NaN credits are left out of the baselines.
+        `torch.Tensor` of the shape of `rewards`: 0 where the credit is NaN, and where no other rollout of the problem has
+        one (so also everywhere for `num_generations=1`). NaN credits are left out of the baselines.
 
     Raises:
         `ValueError`: if `B` is not a multiple of `num_generations`.
@@ -165,165 +202,73 @@ def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     """
     if rewards.size(0) % num_generations:
         raise ValueError(f"{rewards.size(0)} rollouts are not whole groups of `num_generations={num_generations}`.")
-    groups = rewards.view(-1, num_generations, rewards.size(1))  # (B / G, G, K)
+    groups = rewards.unflatten(0, (-1, num_generations))  # (B / G, G, K) or (B / G, G, K, F)
     scored = ~groups.isnan()
     credit = groups.nan_to_num(0.0)
-    others = scored.sum(1, keepdim=True) - 1  # (B / G, 1, K), right where the rollout itself is scored
+    others = scored.sum(1, keepdim=True) - 1  # right where the rollout itself is scored
     baseline = (credit.sum(1, keepdim=True) - credit) / others.clamp(min=1)
-    return torch.where(scored & (others > 0), credit - baseline, 0.0).view_as(rewards)
+    return torch.where(scored & (others > 0), credit - baseline, 0.0).flatten(0, 1)
 
 
-def shared_first_credit(rewards: Tensor, second_attempts: int) -> Tensor:
+def targets(
+    rewards: Tensor,
+    stage: Stage,
+    *,
+    num_generations: int,
+    alpha: float,
+    beta: float,
+    stage1_beta: float,
+    gamma: float = 0.0,
+    log_ratio: Tensor | None = None,
+    stored: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     r"""
-    The credit of a first attempt that several rollouts share: the mean of what they would credit it with. They agree, unless
-    a discount above 0 credits it with second attempts, or a sequence-level KL or a reward function is not exactly repeated.
+    What the loss reads of a batch of rollouts: the advantage $A$ of each attempt and the weight $w$ of its KL penalty. This
+    is the one composition of [`shaped_rewards`], [`leave_one_out_advantages`] and [`kl_weights`]: the trainer and the proof
+    by enumeration call it alike.
+
+    Several reward functions are shaped and compared one by one, and their advantages are added. So a function that abstains
+    on an attempt never makes the bonus or the baseline compare sums of different functions.
 
     Args:
-        rewards (`torch.Tensor` of shape `(B, K)`):
-            Credit of each attempt, the rollouts that share a first attempt in consecutive rows; NaN where there is none.
-        second_attempts (`int`):
-            Rollouts that share a first attempt.
-
-    Returns:
-        `torch.Tensor` of shape `(B, K)`: `rewards` with another first column, NaN where none of the sharing rollouts has one.
-
-    Example:
-    ```python
-    >>> shared_first_credit(torch.tensor([[1.0, 5.0], [3.0, 7.0]]), second_attempts=2)
-    tensor([[2., 5.],
-            [2., 7.]])
-    ```
-    """
-    first = rewards[:, 0].view(-1, second_attempts).nanmean(1)  # (B / m,)
-    return torch.cat([first.repeat_interleave(second_attempts).unsqueeze(1), rewards[:, 1:]], dim=1)
-
-
-def tree_advantages(rewards: Tensor, num_generations: int, second_attempts: int) -> Tensor:
-    r"""
-    Leave-one-out advantages where each first attempt $y_1$ is shared by several rollouts. The baseline of a first attempt is
-    over the problem's other first attempts, each counted once; that of a later attempt is over the other rollouts of the same
-    $(x, y_1)$, in which what the credit owes to $y_1$ (the $- \alpha \hat r(y_1)$ of the bonus) cancels. Neither depends on
-    what it is subtracted from, so the gradient stays unbiased.
-
-    Every row has its first attempt's advantage. A mean over rows is then a mean over first attempts, each counted once: a
-    further factor $1 / m$ would take it away from the first attempts.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(B, K)`):
-            Of [`shared_first_credit`], the rollouts of a problem in consecutive rows.
+        rewards (`torch.Tensor` of shape `(B, K)` or `(B, K, F)`):
+            Reward of each attempt, the rollouts of a problem in consecutive rows; with `F` reward functions, the weighted
+            reward of each. NaN where a function could not score the attempt.
+        stage ([`Stage`]):
+            What the rollouts are made for.
         num_generations (`int`):
             Rollouts per problem.
-        second_attempts (`int`):
-            Rollouts that share a first attempt, $m$. 1: [`leave_one_out_advantages`], in which all attempts have the other
-            rollouts of the problem as their baseline.
+        alpha, gamma (`float`):
+            See [`shaped_rewards`].
+        beta, stage1_beta (`float`):
+            See [`kl_weights`].
+        log_ratio (`torch.Tensor` of shape `(B, K)`, *optional*):
+            Log-ratio of each attempt to the reference model, nats. If given, the KL penalty is part of the credit (Eq. 2 to
+            the letter, as in RLOO) and not of the loss.
+        stored (`torch.Tensor` of shape `(B,)`, *optional*):
+            Whether the first attempt is a stored one (Section 5.3), which is neither trained nor in the baseline of others.
 
     Returns:
-        `torch.Tensor` of shape `(B, K)`: 0 where the credit is NaN, and where there is nothing to compare it with.
+        `tuple[torch.Tensor, torch.Tensor]`: $A$ of shape `(B, K)` and $w$ of shape `(K,)`.
 
     Example:
     ```python
-    >>> credit = torch.tensor([[0.0, 11.0], [0.0, 0.0], [1.0, 1.0], [1.0, -10.0]])  # r2 + 10 (r2 - r1)
-    >>> tree_advantages(credit, num_generations=4, second_attempts=2)
-    tensor([[ -1.,  11.],
-            [ -1., -11.],
-            [  1.,  11.],
-            [  1., -11.]])
+    >>> targets(torch.tensor([[0.0, 1.0], [1.0, 1.0]]), stage_two(2), num_generations=2, alpha=10.0, beta=0.01, stage1_beta=0.1)
+    (tensor([[-1., 10.],
+            [ 1., -10.]]), tensor([0.0100, 0.0100]))
     ```
     """
-    if second_attempts == 1:
-        return leave_one_out_advantages(rewards, num_generations)
-    first = leave_one_out_advantages(rewards[::second_attempts, :1], num_generations // second_attempts)
-    later = leave_one_out_advantages(rewards[:, 1:], second_attempts)
-    return torch.cat([first.repeat_interleave(second_attempts, dim=0), later], dim=1)
-
-
-def whitened_advantages(advantages: Tensor, credited: Tensor) -> Tensor:
-    r"""
-    Each attempt's advantages divided by their own standard deviation over the batch, never by another attempt's. Their mean
-    is zero in each group already. Not in the paper: it makes Stage II weigh all attempts alike, so it cancels the factor
-    $1 + \alpha$ that the bonus gives to those after the first.
-
-    Args:
-        advantages (`torch.Tensor` of shape `(B, K)`):
-            Of [`leave_one_out_advantages`] or [`tree_advantages`].
-        credited (`torch.Tensor` of shape `(B, K)`):
-            Whether the attempt has a credit; the others' zeros do not count.
-
-    Returns:
-        `torch.Tensor` of shape `(B, K)`: 0 for an attempt whose advantages are all 0.
-
-    Example:
-    ```python
-    >>> whitened_advantages(torch.tensor([[1.0, 8.0], [-1.0, -8.0]]), credited=torch.ones(2, 2)).round(decimals=2)
-    tensor([[ 1.,  1.],
-            [-1., -1.]])
-    ```
-    """
-    variance = advantages.square().sum(0) / credited.sum(0).clamp(min=1)  # (K,)
-    return advantages / (variance.sqrt() + 1e-4)  # as TRL: rounding errors of equal rewards stay small
-
-
-def kl_weights(
-    stage: int, *, beta: float, stage1_beta: float, num_attempts: int = 2, target: int | None = None
-) -> Tensor:
-    r"""
-    Weight of the KL penalty on the tokens of each attempt: $\beta_1$ on all of them in both stages (Eqs. 2 and 4), and
-    $\beta_2$ added in Stage I on the attempts before the one it trains, which hold to the reference model (Eq. 3).
-
-    Args:
-        stage (`int`):
-            1 or 2.
-        beta (`float`):
-            $\beta_1$, reward per nat. The paper uses 0.01.
-        stage1_beta (`float`):
-            $\beta_2$, reward per nat. The paper uses 0.1 for MATH and 0.25 for MBPP.
-        num_attempts (`int`, *optional*, defaults to `2`):
-            Attempts in a rollout.
-        target (`int`, *optional*):
-            Attempt that Stage I trains; the last one if not given.
-
-    Returns:
-        `torch.Tensor` of shape `(K,)`.
-
-    Example:
-    ```python
-    >>> kl_weights(1, beta=0.01, stage1_beta=0.1)
-    tensor([0.1100, 0.0100])
-    ```
-    """
-    weights = torch.full((num_attempts,), float(beta))
-    if stage == 1:
-        weights[: (target or num_attempts) - 1] += stage1_beta
-    return weights
-
-
-def mixed_reference(reference: Tensor, other: Tensor, weights: Tensor, other_weights: Tensor) -> Tensor:
-    r"""
-    One reference in place of two: the weighted mean of their log-probabilities. With weights $w$ and $v$
-
-    $$w \, \mathrm{KL}(\pi \| p) + v \, \mathrm{KL}(\pi \| q) = (w + v) \, \mathrm{KL}(\pi \| p^{w / (w + v)} q^{v / (w + v)}) +
-    \text{constant}$$
-
-    so the gradients are the same (the mixture needs no normalization: that is part of the constant).
-
-    Args:
-        reference, other (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the two references.
-        weights, other_weights (`torch.Tensor` of shape `(B, T)`):
-            Weights of their KL penalties, not negative.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: the reference of the penalty with the weight `weights + other_weights`; `reference`
-        where that is 0.
-
-    Example:
-    ```python
-    >>> mixed_reference(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-3.0, -3.0]]), torch.tensor(0.5), torch.tensor([[1.5, 0.0]]))
-    tensor([[-2.5000, -1.0000]])
-    ```
-    """
-    total = weights + other_weights
-    return torch.where(total > 0, (weights * reference + other_weights * other) / total, reference)
+    weights = kl_weights(stage, beta=beta, stage1_beta=stage1_beta, num_attempts=rewards.size(1)).to(rewards.device)
+    credit = shaped_rewards(rewards if rewards.dim() == 3 else rewards.unsqueeze(-1), stage, alpha=alpha, gamma=gamma)
+    if log_ratio is not None:
+        penalty = -weights * log_ratio  # (B, K), discounted like a reward
+        everything = Stage(stage.number, tuple(range(1, rewards.size(1) + 1)), ())
+        penalty = shaped_rewards(penalty, everything, alpha=0.0, gamma=gamma)
+        credit = torch.cat([credit, penalty.unsqueeze(-1).to(credit)], dim=-1)
+        weights = torch.zeros_like(weights)
+    if stored is not None:
+        credit[stored, 0] = torch.nan
+    return leave_one_out_advantages(credit, num_generations).sum(-1), weights
 
 
 def balanced_stage1_beta(

@@ -5,9 +5,6 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from .objective import resolve_stage1_steps
-from .tasks.math import CORRECTION_INSTRUCTION
-
 
 @dataclass
 class SCoReConfig(GRPOConfig):
@@ -23,7 +20,8 @@ class SCoReConfig(GRPOConfig):
             Attempts in a rollout. `max_completion_length` holds for each of them. 1: single-attempt RL, the paper's ablation
             (Section 6.3), which has no Stage I.
         correction_instruction (`str`, *optional*):
-            The user's turn between two attempts (Appendix C; the paper's instruction for MATH by default). A dataset
+            The user's turn between two attempts (Appendix C). It must not say whether the attempt was right. By default, the
+            instruction of the task that is trained on, and the paper's instruction for MATH if there is no task. A dataset
             column of the same name overrides it row by row.
         offline_first_attempts (`float`, *optional*, defaults to `0.0`):
             Share of the rollouts of each problem whose first attempt is drawn from the dataset's column `first_attempts`
@@ -33,25 +31,11 @@ class SCoReConfig(GRPOConfig):
             Generate an attempt from the key-value cache of the one before, instead of reading the whole context again: in
             generation by transformers (not by its continuous batching), for models with full attention in all layers, not
             with FSDP or ZeRO-3. Elsewhere it changes nothing.
-        second_attempts_per_first (`int`, *optional*, defaults to `1`):
-            Rollouts of a problem that share a first attempt, $m$: `num_generations / m` first attempts are sampled, and $m$
-            second ones from each (not in the paper). The baseline of a first attempt is then over the problem's other first
-            attempts, that of a later one over the rollouts with the same first. Training only.
-        second_attempts_from_stage (`int`, *optional*, defaults to `1`):
-            Stage from which on they share it. 2: in Stage I every rollout has a first attempt of its own.
-
         > Parameters that control the two stages
 
         stage1_steps (`float`, *optional*, defaults to `0.5`):
             Optimizer steps of Stage I, or their share of `max_steps` if below 1. 0: Stage II only; `max_steps` or more:
             Stage I only. With more than two attempts Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
-        stage1_cycles (`int`, *optional*, defaults to `1`):
-            Cycles of Stage I and Stage II: the run is divided into as many equal parts, and each begins with its share of
-            Stage I (an earlier version of the paper). `max_steps / 2`: every other step is Stage I's. Needs `max_steps`.
-        stage_schedule (`str`, *optional*, defaults to `"sequential"`):
-            `"sequential"`: Stage I, then Stage II. `"joint"`: all steps have Stage II's shaped rewards and Stage I's KL
-            weights, $\beta_1 + \beta_2$ on all attempts but the last (a single stage is future work in the paper).
-            `stage1_steps` is 0 then.
         alpha (`float`, *optional*, defaults to `10.0`):
             Weight of the bonus for improving on the attempt before, in Stage II (Section 5.2). 0: no bonus.
         gamma (`float`, *optional*, defaults to `0.0`):
@@ -59,10 +43,6 @@ class SCoReConfig(GRPOConfig):
             in the paper training then collapses to not correcting (Appendix A.4).
         beta (`float`, *optional*, defaults to `0.01`):
             Weight of the KL penalty to the reference model on every attempt in both stages, $\beta_1$ (Eq. 2).
-        whiten_advantages (`bool`, *optional*, defaults to `False`):
-            Divide each attempt's advantages by their own standard deviation over the rollouts of a generation. Not in the
-            paper, and it changes its objective: in Stage II it cancels the factor $1 + \alpha$ by which the bonus makes
-            later attempts count more, so that `alpha` only mixes $\hat r(y_{k-1})$ into the credit.
         stage1_beta (`float`, *optional*, defaults to `0.1`):
             Weight of the KL penalty that Stage I adds on the attempts before the one it trains, $\beta_2$ (Eq. 3). The
             paper uses 0.25 for MBPP.
@@ -70,10 +50,6 @@ class SCoReConfig(GRPOConfig):
             Adapt $\beta_2$ after each batch of Stage I, from `stage1_beta` on, so that $\beta_2$ times the KL of the held
             attempts is about as large as the trained attempt's mean absolute advantage (Section 5.3; the formula is ours:
             [`~trl_score.objective.balanced_stage1_beta`]).
-        stage1_reference (`str`, *optional*, defaults to `"base"`):
-            With three attempts or more, what $\beta_2$ holds the attempts to when Stage I trains the third one, the fourth ..
-            `"base"`: the reference model. `"previous"`: the model as it was when Stage I went on to that attempt (Stage I(b)
-            of Appendix A.1). $\beta_1$ is to the reference model in any case.
         kl_level (`str`, *optional*, defaults to `"token"`):
             Where the KL penalties stand. `"token"`: in the loss, for each token the KL of the next-token distributions.
             `"sequence"`: in the reward, before the baseline, for each attempt its log-ratio to the reference (Eq. 2 to the
@@ -86,16 +62,6 @@ class SCoReConfig(GRPOConfig):
 
         eval_temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature in evaluation. 0: greedy decoding, as in the paper.
-        collapse_window (`int`, *optional*, defaults to `10`):
-            Logs of Stage II in which attempts are not changed, or wrong ones not corrected, after which the collapse alarm
-            goes off, once. 0: no alarm.
-        keep_best_checkpoint (`bool`, *optional*, defaults to `False`):
-            Keep, for each stage, the checkpoint with the highest training reward of the last attempt, in `_best-stage1` and
-            `_best-stage2` of the output folder (the paper's choice of checkpoint, Appendix B).
-        best_checkpoint_window (`int`, *optional*, defaults to `10`):
-            Logs that this reward is averaged over.
-        load_best_checkpoint_at_end (`bool`, *optional*, defaults to `False`):
-            Load the best checkpoint of the last stage when training ends.
         num_generations_eval (`int`, *optional*, defaults to `1`):
             Rollouts per problem in evaluation.
         num_attempts_eval (`int`, *optional*):
@@ -105,9 +71,6 @@ class SCoReConfig(GRPOConfig):
 
         learning_rate (`float`, *optional*, defaults to `5e-6`):
             The paper uses 1e-5 for MBPP.
-        stage2_learning_rate (`float`, *optional*):
-            Learning rate of Stage II, if another than Stage I's (the paper has one for both). The schedule of
-            `lr_scheduler_type` goes on over the whole run, times their ratio.
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             The paper keeps the learning rate fixed.
         loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
@@ -118,12 +81,6 @@ class SCoReConfig(GRPOConfig):
     """
 
     learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
-    stage2_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of Stage II, if another than Stage I's. The schedule goes on, times their ratio."
-        },
-    )
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "The learning rate schedule. The paper keeps the learning rate fixed."}
     )
@@ -165,22 +122,11 @@ class SCoReConfig(GRPOConfig):
             "`first_attempts` instead of the policy, and is not trained (Section 5.3)."
         },
     )
-    second_attempts_per_first: int = field(
-        default=1,
-        metadata={
-            "help": "Rollouts of a problem that share a first attempt. Above 1, later attempts have their baseline among the "
-            "rollouts with the same first attempt."
-        },
-    )
-    second_attempts_from_stage: int = field(
-        default=1,
-        metadata={"help": "Stage from which on rollouts share first attempts. 2: not in Stage I."},
-    )
-    correction_instruction: str = field(
-        default=CORRECTION_INSTRUCTION,
+    correction_instruction: str | None = field(
+        default=None,
         metadata={
             "help": "The user's turn between two attempts (Appendix C). A dataset column of the same name overrides it "
-            "row by row. The default is the paper's instruction for MATH."
+            "row by row. By default, the instruction of the task, or the paper's instruction for MATH where there is no task."
         },
     )
     reuse_cache: bool = field(
@@ -197,20 +143,6 @@ class SCoReConfig(GRPOConfig):
             "or more: Stage I only."
         },
     )
-    stage1_cycles: int = field(
-        default=1,
-        metadata={
-            "help": "Cycles of Stage I and Stage II: the run is divided into as many equal parts, and each begins with its "
-            "share of Stage I. Needs `max_steps`."
-        },
-    )
-    stage_schedule: str = field(
-        default="sequential",
-        metadata={
-            "help": "'sequential' (default): Stage I, then Stage II. 'joint': all steps have Stage II's shaped rewards and "
-            "Stage I's KL weights."
-        },
-    )
     alpha: float = field(
         default=10.0,
         metadata={"help": "Weight of the bonus for improving on the attempt before, in Stage II (Section 5.2)."},
@@ -220,13 +152,6 @@ class SCoReConfig(GRPOConfig):
         metadata={
             "help": "Discount between attempts, from 0 to 1. Above 0 an attempt is also credited with the rewards of "
             "later ones (Appendix A.4)."
-        },
-    )
-    whiten_advantages: bool = field(
-        default=False,
-        metadata={
-            "help": "Divide each attempt's advantages by their own standard deviation over the rollouts of a generation. "
-            "Cancels the factor 1 + alpha of the bonus."
         },
     )
     stage1_beta: float = field(
@@ -240,13 +165,6 @@ class SCoReConfig(GRPOConfig):
         metadata={
             "help": "Adapt beta2 after each batch of Stage I, from `stage1_beta` on, to balance the KL of the held attempts and "
             "the policy objective of the trained one (Section 5.3)."
-        },
-    )
-    stage1_reference: str = field(
-        default="base",
-        metadata={
-            "help": "What beta2 holds the attempts to when Stage I trains the third one and later ones: 'base' (default), the "
-            "reference model; 'previous', the model that Stage I had produced by then (Appendix A.1)."
         },
     )
     kl_level: str = field(
@@ -265,25 +183,6 @@ class SCoReConfig(GRPOConfig):
     )
     eval_temperature: float = field(
         default=0.0, metadata={"help": "Sampling temperature in evaluation. 0: greedy decoding."}
-    )
-    collapse_window: int = field(
-        default=10,
-        metadata={
-            "help": "Logs of Stage II without corrections after which the collapse alarm goes off. 0: no alarm."
-        },
-    )
-    keep_best_checkpoint: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the checkpoint with the highest training reward of the last attempt, for each stage, in "
-            "`_best-stage1` and `_best-stage2` of the output folder (Appendix B)."
-        },
-    )
-    best_checkpoint_window: int = field(
-        default=10, metadata={"help": "Logs that the reward is averaged over to choose the best checkpoint."}
-    )
-    load_best_checkpoint_at_end: bool = field(
-        default=False, metadata={"help": "Load the best checkpoint of the last stage when training ends."}
     )
 
     def __post_init__(self):
@@ -307,7 +206,7 @@ class SCoReConfig(GRPOConfig):
                 f"The leave-one-out baseline needs two rollouts per problem, got `num_generations={self.num_generations}`."
                 " Set it to 2 or more."
             )
-        if not self.correction_instruction.strip():
+        if self.correction_instruction is not None and not self.correction_instruction.strip():
             raise ValueError(
                 "`correction_instruction` is empty, so the second attempt would not be asked to correct the first. Set "
                 "it to a sentence that does not say whether the attempt was right."
@@ -317,21 +216,6 @@ class SCoReConfig(GRPOConfig):
                 f"`stage1_steps={self.stage1_steps}` is neither a number of steps nor a share of them. Set a share below "
                 "1, a whole number of steps, or 0 for Stage II only."
             )
-        if self.stage_schedule not in ("sequential", "joint"):
-            raise ValueError(f"Unknown `stage_schedule={self.stage_schedule!r}`. Set it to 'sequential' or 'joint'.")
-        joint = self.stage_schedule == "joint"
-        if joint and self.num_attempts == 1:
-            raise ValueError(
-                "`stage_schedule='joint'` holds the attempts before the last to the reference model, but `num_attempts=1` has "
-                "none. Set it to 'sequential'."
-            )
-        if joint and self.stage1_steps not in (0, SCoReConfig.stage1_steps):
-            raise ValueError(
-                f"`stage_schedule='joint'` has no Stage I of its own, so `stage1_steps={self.stage1_steps}` means nothing. "
-                "Leave it out."
-            )
-        if joint:
-            self.stage1_steps = 0
         if self.alpha < 0:
             raise ValueError(
                 f"`alpha={self.alpha}` would reward turning right attempts into wrong ones. Set it to 0 (no bonus) or "
@@ -342,32 +226,19 @@ class SCoReConfig(GRPOConfig):
         for name in ("beta", "stage1_beta", "eval_temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` is negative. Set it to 0 or above.")
-        if self.beta == 0 and self.stage1_beta > 0 and (self.stage1_steps > 0 or joint):
+        if self.beta == 0 and self.stage1_beta > 0 and self.stage1_steps > 0:
             raise ValueError(
                 "`stage=1` penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
                 "none. Set `beta` above 0; the paper uses 0.01. To train without any KL set `stage1_beta=0` too."
             )
-        if self.adaptive_stage1_beta and (self.stage1_beta == 0 or (self.stage1_steps == 0 and not joint)):
+        if self.adaptive_stage1_beta and (self.stage1_beta == 0 or self.stage1_steps == 0):
             raise ValueError(
                 f"`adaptive_stage1_beta` has nothing to adapt with `stage1_beta={self.stage1_beta}` and "
                 f"`stage1_steps={self.stage1_steps}`. Set both above 0; the paper starts from 0.1."
             )
-        if self.stage2_learning_rate is not None:
-            self._check_stage2_learning_rate(joint)
-        if self.stage1_reference not in ("base", "previous"):
-            raise ValueError(f"Unknown `stage1_reference={self.stage1_reference!r}`. Set it to 'base' or 'previous'.")
-        if self.stage1_reference == "previous":
-            self._check_previous()
         if self.kl_level not in ("token", "sequence"):
             raise ValueError(
                 f"Unknown `kl_level={self.kl_level!r}`. Set it to 'token' (KL in the loss) or 'sequence' (KL in the reward)."
-            )
-        if self.second_attempts_per_first != 1:
-            self._check_tree()
-        if self.second_attempts_from_stage not in (1, 2):
-            raise ValueError(
-                f"`second_attempts_from_stage={self.second_attempts_from_stage}` is no stage. Set it to 1, or to 2 for Stage II "
-                "only."
             )
         if not 0 <= self.offline_first_attempts <= 1:
             raise ValueError(
@@ -382,110 +253,16 @@ class SCoReConfig(GRPOConfig):
                 f"`offline_first_attempts={self.offline_first_attempts}` of `num_generations={self.num_generations}` rollouts "
                 "is none of them. Set either higher."
             )
-        if self.collapse_window < 0 or self.best_checkpoint_window < 1:
-            raise ValueError(
-                f"`collapse_window={self.collapse_window}` and `best_checkpoint_window={self.best_checkpoint_window}` are "
-                "numbers of logs. Set the first to 0 or more, the second to 1 or more."
-            )
-        if self.load_best_checkpoint_at_end and not self.keep_best_checkpoint:
-            raise ValueError(
-                "`load_best_checkpoint_at_end` has nothing to load without `keep_best_checkpoint`. Set that to True too."
-            )
-        if (
-            self.second_attempts_per_first > 1
-            and self.num_generations - self.num_offline == self.second_attempts_per_first
-        ):
-            raise ValueError(
-                f"`offline_first_attempts={self.offline_first_attempts}` leaves a single first attempt of each problem to be "
-                f"sampled (`num_generations={self.num_generations}`, `second_attempts_per_first="
-                f"{self.second_attempts_per_first}`), which has no baseline. Set it to 0 or 1, or `num_generations` higher."
-            )
         self._refuse_unsupported()
         super().__post_init__()
-        rollouts = self.per_device_train_batch_size * self.steps_per_generation
-        if rollouts % self.second_attempts_per_first:
-            raise ValueError(
-                f"A process makes {rollouts} rollouts at a time (`per_device_train_batch_size="
-                f"{self.per_device_train_batch_size}`, `steps_per_generation={self.steps_per_generation}`), which are not whole "
-                f"runs of `second_attempts_per_first={self.second_attempts_per_first}`, so the first attempt that a run shares "
-                "would be on two processes. Set `per_device_train_batch_size` to a multiple of it."
-            )
-        if self.keep_best_checkpoint and self.save_strategy == "no":
-            raise ValueError(
-                "`keep_best_checkpoint` chooses among the checkpoints, but `save_strategy='no'` writes none. Set it to 'steps'."
-            )
         if self.num_generations_eval is None:
             self.num_generations_eval = 1
-        if self.stage1_cycles != 1:
-            self._check_cycles()
         self._warn_of_mismatch()
 
     @property
     def num_offline(self) -> int:
-        """Rollouts of each problem that have a stored first attempt, which as many share as share a sampled one."""
-        shared = self.second_attempts_per_first
-        return round(self.offline_first_attempts * self.num_generations / shared) * shared
-
-    def _check_tree(self):
-        shared = self.second_attempts_per_first
-        if shared < 1 or self.num_attempts == 1:
-            raise ValueError(
-                f"`second_attempts_per_first={shared}` is the number of second attempts at each first one, with "
-                f"`num_attempts={self.num_attempts}`. Set it to 1 or more, and to 1 for single-attempt RL."
-            )
-        if self.num_generations % shared or self.num_generations < 2 * shared:
-            raise ValueError(
-                f"`num_generations={self.num_generations}` rollouts per problem do not divide into two or more runs of "
-                f"`second_attempts_per_first={shared}`, and a single first attempt would have no baseline. Set "
-                f"`num_generations` to a multiple of {shared}, {2 * shared} or more."
-            )
-
-    def _check_stage2_learning_rate(self, joint: bool):
-        if self.stage2_learning_rate < 0 or self.learning_rate <= 0:
-            raise ValueError(
-                f"`stage2_learning_rate={self.stage2_learning_rate}` with `learning_rate={self.learning_rate}`: set the first to "
-                "0 or above and the second above 0."
-            )
-        if self.stage1_steps == 0:
-            raise ValueError(
-                f"`stage2_learning_rate={self.stage2_learning_rate}` is for runs of two stages, but "
-                f"{'`stage_schedule=joint`' if joint else '`stage1_steps=0`'} leaves one. Set `learning_rate` instead."
-            )
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-            raise ValueError(
-                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` sets the learning rate by what it sees, not by the step, so "
-                "`stage2_learning_rate` cannot scale it. Use another schedule, 'constant' for instance."
-            )
-
-    def _check_previous(self):
-        if self.num_attempts < 3 or self.stage1_steps == 0 or self.stage1_beta == 0:
-            raise ValueError(
-                "`stage1_reference='previous'` is for the attempts that Stage I holds when it trains a third one, but "
-                f"`num_attempts={self.num_attempts}`, `stage1_steps={self.stage1_steps}` and `stage1_beta={self.stage1_beta}` "
-                "leave none. Set it to 'base', or these to 3 or more, above 0 and above 0."
-            )
-        if self.kl_level == "token" and not self.use_bias_correction_kl:
-            raise ValueError(
-                "`use_bias_correction_kl=False` makes the penalty the forward KL, in which two references do not combine to "
-                "one. Set it to True for `stage1_reference='previous'`."
-            )
-
-    def _check_cycles(self):
-        if self.stage1_cycles < 1 or self.max_steps <= 0:
-            raise ValueError(
-                f"`stage1_cycles={self.stage1_cycles}` divides the run's steps, `max_steps={self.max_steps}`. Set it to 1 or "
-                "more, and `max_steps` too."
-            )
-        stage1_steps = resolve_stage1_steps(self.stage1_steps, self.max_steps)
-        turns = max(self.num_attempts - 1, 1)  # of Stage I, one for each attempt that it trains
-        shortest = min(stage1_steps / turns, self.max_steps - stage1_steps) / self.stage1_cycles
-        window = max(1.0, self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps)
-        if shortest < window:
-            raise ValueError(
-                f"`stage1_cycles={self.stage1_cycles}` leaves {max(shortest, 0):.3g} optimizer steps to the shortest stage of a "
-                f"cycle (`max_steps={self.max_steps}`, `stage1_steps={self.stage1_steps}`), but rollouts are made for "
-                f"{window:.3g} at a time, so some cycles would be without it. Set fewer cycles."
-            )
+        """Rollouts of each problem that have a stored first attempt."""
+        return round(self.offline_first_attempts * self.num_generations)
 
     def _refuse_unsupported(self):
         unsupported = {
@@ -503,8 +280,11 @@ class SCoReConfig(GRPOConfig):
             ),
             "scale_rewards": (
                 self.scale_rewards not in ("none", False),
-                "dividing each attempt's advantages by their deviation cancels the bonus weight. Set it to 'none', or use "
-                "`whiten_advantages` if that is what you want.",
+                "dividing each attempt's advantages by their deviation cancels the bonus weight. Set it to 'none'.",
+            ),
+            "off_policy_mask_threshold": (
+                self.off_policy_mask_threshold is not None,
+                "it drops whole rows by the mean of all their attempts. Set it to None.",
             ),
             "sync_ref_model": (
                 self.sync_ref_model,

@@ -2,11 +2,12 @@
 
 import json
 import os
-import random
 import textwrap
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -29,35 +30,31 @@ from trl import GRPOTrainer, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, get_config_model_id, pad
 
+from .batch import Batch
 from .cache import can_reuse_cache, reused_cache
-from .callbacks import CollapseAlarm, KeepBestCheckpoint, best_checkpoint
-from .checks import TRAINED_FLAG, check_datasets, check_model
+from .checks import TRAINED_FLAG, ContextCheck, check_datasets, check_model, check_shards
+from .first_attempts import is_stored, sample_or_take, stored_attempts
 from .grading import graded
 from .metrics import attempt_changes, self_correction_values
 from .model_card import write_model_card
 from .objective import (
+    Stage,
     balanced_stage1_beta,
-    kl_weights,
-    mixed_reference,
-    resolve_stage1_steps,
-    shaped_rewards,
-    shared_first_credit,
     spread_to_tokens,
-    stage_at,
     sum_per_attempt,
-    tree_advantages,
-    whitened_advantages,
+    targets,
+    two_stages,
 )
 from .quantization import keep_differentiable
-from .rollout import Bridge, Rollouts, decode_attempts, roll_out
+from .rollout import Bridge, decode_attempts, roll_out
 from .score_config import SCoReConfig
-from .snapshot import Snapshot
+from .tasks.base import text_of
+from .tasks.math import CORRECTION_INSTRUCTION
 
 
 logger = get_logger(__name__)
 
-STATE_FILE, PREVIOUS_FILE = "score_state.json", "stage1_reference.pt"  # in a checkpoint
-ROWS_CHECKED = 10_000  # prompts tokenized at construction to check the context length
+STATE_FILE = "score_state.json"  # in a checkpoint
 
 
 class SCoReTrainer(GRPOTrainer):
@@ -98,6 +95,9 @@ class SCoReTrainer(GRPOTrainer):
             configured one row by row; all other columns reach the reward functions.
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config, peft_config:
             As in [`~trl.GRPOTrainer`].
+        schedule (`Callable[[int, int], Stage]`, *optional*):
+            What each optimizer step optimizes: from the steps done so far and `max_steps` to a
+            [`~trl_score.objective.Stage`]. By default the paper's, [`~trl_score.objective.two_stages`] with `stage1_steps`.
 
     Raises:
         `ValueError`: for a dataset without `prompt`, chat messages without a chat template, a context too short for the
@@ -141,12 +141,15 @@ class SCoReTrainer(GRPOTrainer):
         tools: None = None,
         rollout_func: None = None,
         environment_factory: None = None,
+        schedule: "Callable[[int, int], Stage] | None" = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SCoReConfig(f"{name.split('/')[-1]}-SCoRe")
         elif not isinstance(args, SCoReConfig):
             raise TypeError(f"`args` must be a `SCoReConfig`, got `{type(args).__name__}`.")
+        if args.correction_instruction is None:
+            args.correction_instruction = CORRECTION_INSTRUCTION
         for name, value in {
             "tools": tools,
             "rollout_func": rollout_func,
@@ -154,11 +157,6 @@ class SCoReTrainer(GRPOTrainer):
         }.items():
             if value is not None:
                 raise ValueError(f"`{name}` is not supported by SCoRe, whose rollout is the attempts. Leave it out.")
-        if args.stage2_learning_rate is not None and optimizers[1] is not None:
-            raise ValueError(
-                "`stage2_learning_rate` scales the schedule of `lr_scheduler_type`, but `optimizers` has a scheduler of its own. "
-                "Leave one of the two out."
-            )
         check_datasets(train_dataset, eval_dataset, args)
         check_model(model, args)
 
@@ -177,7 +175,7 @@ class SCoReTrainer(GRPOTrainer):
         )
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError("Images are not supported by SCoRe. Pass a tokenizer as `processing_class`.")
-        self._check_shards()
+        check_shards(self)
         keep_differentiable(self.model)
         self._set_reference()
 
@@ -186,16 +184,13 @@ class SCoReTrainer(GRPOTrainer):
         self.mask_truncated_completions = False
         # TRL's own hook for rollouts: `_generate` does the bookkeeping on what it returns.
         self.rollout_func = self._roll_out
-        self._instructions: list[str] = []
-        self._stored: list[list[int] | None] = []  # per row, a first attempt that is not sampled
-        self._rollouts: Rollouts | None = None
-        self._attempt_ids: list[list[int]] = []  # per row, 0 also at attempts that are not trained
-        self._completions: list[list] = []  # per attempt, what the reward functions see
-        self._attempt_rewards: list[Tensor] = []  # per attempt, of all processes: (B, number of reward functions)
-        self._attempt: int | None = None
+        self.schedule = schedule or partial(two_stages, stage1_steps=args.stage1_steps, num_attempts=args.num_attempts)
+        self._batch: Batch | None = None  # the one that is being made
+        self._attempt: int | None = None  # the one that is being graded
+        # Training and evaluation can have different columns, so each has a completions table of its own.
+        self._tables = {"train": self._logs, "eval": deepcopy(self._logs)}
         self._stage1_beta = args.stage1_beta  # of the next batch
         self._num_generated_tokens = 0  # of all processes, in training
-        self._previous: Snapshot | None = None  # what Stage I(b) and later ones hold to
         self._reuses_cache = (
             args.reuse_cache
             and not (args.use_vllm or args.use_transformers_continuous_batching)
@@ -203,21 +198,7 @@ class SCoReTrainer(GRPOTrainer):
             and not (self._dist.is_zero3 or self._dist.is_fsdp)
             and can_reuse_cache(self.model)
         )
-        self._check_context()
-        # First, so that trackers and progress bars see what the alarm adds to a log.
-        if args.collapse_window and args.num_attempts > 1:
-            self.callback_handler.callbacks.insert(0, CollapseAlarm(args.collapse_window, args.num_attempts))
-        if args.keep_best_checkpoint:
-            self.add_callback(KeepBestCheckpoint(args.best_checkpoint_window, args.num_attempts))
-
-    def train(self, *args, **kwargs):
-        output = super().train(*args, **kwargs)
-        if self.args.load_best_checkpoint_at_end:
-            self.accelerator.wait_for_everyone()
-            if (folder := best_checkpoint(self.args.output_dir)) is not None:
-                self.state.best_model_checkpoint = str(folder)
-                self._load_best_model()
-        return output
+        self._context = ContextCheck(self)
 
     # Reference model
 
@@ -246,39 +227,21 @@ class SCoReTrainer(GRPOTrainer):
 
     # Attempts and stages
 
-    @property
-    def num_attempts(self) -> int:
-        """Attempts in a rollout, in training or in evaluation."""
-        return self.args.num_attempts if self.model.training else self.args.num_attempts_eval
-
-    @property
-    def second_attempts_per_first(self) -> int:
-        """Rollouts that share a first attempt: consecutive ones, all on one process. 1 in evaluation."""
-        if not self.model.training or self._stage_and_target()[0] < self.args.second_attempts_from_stage:
-            return 1
-        return self.args.second_attempts_per_first
-
-    def _stage_and_target(self) -> tuple[int, int]:
+    def stage_at(self, step: int) -> Stage:
+        """The stage of an optimizer step, counted from 0."""
         max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
-        return self._stage_at(self.state.global_step, max_steps)
+        return self.schedule(step, max_steps)
 
-    def _stage_at(self, step: int, max_steps: int) -> tuple[int, int]:
-        stage1_steps = resolve_stage1_steps(self.args.stage1_steps, max_steps)
-        return stage_at(
-            step, stage1_steps, self.args.num_attempts, cycles=self.args.stage1_cycles, max_steps=max_steps
+    def _new_batch(self, instructions: list[str]) -> Batch:
+        training = self.model.training
+        return Batch(
+            mode="train" if training else "eval",
+            stage=self.stage_at(self.state.global_step),
+            num_attempts=self.args.num_attempts if training else self.args.num_attempts_eval,
+            num_generations=self.num_generations if training else self.num_generations_eval,
+            instructions=instructions,
+            stored=[None] * len(instructions),
         )
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        created = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if created and self.args.stage2_learning_rate is not None:
-            ratio = self.args.stage2_learning_rate / self.args.learning_rate
-
-            def scaled(schedule):
-                return lambda step: schedule(step) * (ratio if self._stage_at(step, num_training_steps)[0] == 2 else 1)
-
-            scheduler.lr_lambdas = [scaled(schedule) for schedule in scheduler.lr_lambdas]
-        return scheduler
 
     # Rollout
 
@@ -296,117 +259,66 @@ class SCoReTrainer(GRPOTrainer):
             `list[list[str]]`: the text of each attempt of each problem.
         """
         prompts = list(prompts)
-        self._stored = [None] * len(prompts)
-        self._instructions = instructions or [self.args.correction_instruction] * len(prompts)
         training = self.model.training
         self.model.eval()
         try:
+            self._batch = self._new_batch(instructions or [self.args.correction_instruction] * len(prompts))
+            self._batch.num_generations = 1  # each row is a problem of its own
             self._roll_out(prompts, self)
         finally:
             self.model.train(training)
-        texts = [
-            [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
-            for completions in self._completions
-        ]
-        return [list(row) for row in zip(*texts, strict=True)]
+        return [list(row) for row in zip(*(map(text_of, each) for each in self._batch.completions), strict=True)]
 
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
-        mode = "train" if self.model.training else "eval"
+        batch = self._batch
         prompt_ids = self._prompt_ids(prompts)
-        # The rollouts of a problem share their prompt, but not their first attempt, unless they are asked to.
-        partly = mode == "train" and (self.args.num_offline > 0 or self.second_attempts_per_first > 1)
-        group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        self._check_length(max(map(len, prompt_ids)))
+        # All processes stop together, so that none waits for one that has stopped.
+        longest = torch.tensor(max(map(len, prompt_ids)), device=self.accelerator.device)
+        self._context.check(self.accelerator.gather(longest).max().item())
+
+        def sample(contexts, num_generations):
+            return self._generate_single_turn(contexts, None, {}, num_generations=num_generations)
 
         def generate(contexts, attempt):
-            if attempt == 1 and partly:
-                return self._sample_or_take(contexts)
-            return self._generate_single_turn(contexts, None, {}, num_generations=group_size if attempt == 1 else 1)
+            if attempt > 1:  # the rollouts of a problem share their prompt, but not their first attempt
+                return sample(contexts, 1)
+            if self.args.num_offline and batch.mode == "train":
+                return sample_or_take(contexts, batch.stored, sample, self._num_sampled)
+            return sample(contexts, batch.num_generations)
 
         def bridge(attempt, attempt_ids):
-            return self._bridge(prompts, self._instructions, attempt, attempt_ids)
+            return self._bridge(prompts, batch.instructions, attempt, attempt_ids)
 
         with (
-            self._eval_decoding() if mode == "eval" else nullcontext(),
+            self._eval_decoding() if batch.mode == "eval" else nullcontext(),
             reused_cache(self.model) if self._reuses_cache else nullcontext(),
         ):
-            rollouts = roll_out(prompt_ids, generate, bridge, self.num_attempts)
-        self.model.train(mode == "train")  # TRL's continuous batching leaves it in training mode
-        self._rollouts = rollouts
-        attempts = range(1, self.num_attempts + 1)
-        self._completions = [decode_attempts(self._tokenizer, prompts, rollouts, k) for k in attempts]
-
-        trained = rollouts.attempt_ids
-        untrained = [[ids is not None] + [False] * (self.num_attempts - 1) for ids in self._stored]
-        if self.args.mask_truncated_completions:
-            untrained = [
-                [one or other for one, other in zip(*rows, strict=True)]
-                for rows in zip(untrained, self._truncated(rollouts), strict=True)
-            ]
-        trained = [
-            [0 if k == 0 or masked[k - 1] else k for k in row] for row, masked in zip(trained, untrained, strict=True)
+            batch.rollouts = rollouts = roll_out(prompt_ids, generate, bridge, batch.num_attempts)
+        self.model.train(batch.mode == "train")  # TRL's continuous batching leaves it in training mode
+        batch.completions = [
+            decode_attempts(self._tokenizer, prompts, rollouts, k + 1) for k in range(batch.num_attempts)
         ]
-        self._attempt_ids = trained
         return {
             "prompt_ids": rollouts.prompt_ids,
             "completion_ids": rollouts.completion_ids,
             "logprobs": rollouts.completion_logprobs,
-            "env_mask": [[int(k > 0) for k in row] for row in trained],
+            "env_mask": [[int(k > 0) for k in row] for row in self._trained_ids()],
         }
+
+    def _trained_ids(self) -> list[list[int]]:
+        masked = self._batch.truncated(self.eos_token_ids) if self.args.mask_truncated_completions else None
+        return self._batch.trained_ids(masked)
+
+    def _num_sampled(self, rows: int) -> int:
+        """First attempts that the process which needs most of them samples: generation can be collective."""
+        each = range(self.accelerator.num_processes)
+        return max(sum(not is_stored(p * rows + i, self.args) for i in range(rows)) for p in each)
 
     def _prompt_ids(self, prompts: list) -> list[list[int]]:
         """Token ids of each prompt; those of a problem's rollouts, which are consecutive, are made once."""
         groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
         prompt_ids, _, _ = self._tokenize_prompts([prompt for prompt, _ in groups])
         return [list(ids) for ids, (_, number) in zip(prompt_ids, groups, strict=True) for _ in range(number)]
-
-    def _is_offline(self, index: int) -> bool:
-        """Whether the rollout at a position of the whole batch, over all processes, has a stored first attempt."""
-        return index % self.num_generations >= self.num_generations - self.args.num_offline
-
-    def _stored_attempts(self, inputs: list[dict]) -> list[list[int] | None]:
-        """
-        For each row its stored first attempt, or `None` where the policy samples it. The rollouts of a problem get different
-        ones while there are enough; the same draw on all processes, and after a resume.
-        """
-        if not self.model.training or self.args.num_offline == 0:
-            return [None] * len(inputs)
-        start, stored = self.accelerator.process_index * len(inputs), []
-        for index, row in enumerate(inputs, start=start):
-            ids = None
-            if self._is_offline(index):
-                order = list(range(len(row["first_attempts"])))
-                random.Random(f"{self.args.seed} {self.state.global_step} {row['prompt']}").shuffle(order)
-                rank = index % self.num_generations - (self.num_generations - self.args.num_offline)
-                rank //= self.second_attempts_per_first
-                ids = self._attempt_tokens(row["first_attempts"][order[rank % len(order)]])
-            stored.append(ids)
-        return stored
-
-    def _attempt_tokens(self, attempt: str | list[int]) -> list[int]:
-        is_text = isinstance(attempt, str)
-        return self._tokenizer(text=attempt, add_special_tokens=False)["input_ids"] if is_text else list(attempt)
-
-    def _sample_or_take(self, contexts: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None]:
-        """First attempts: the stored ones, and for the other rows sampled ones, each for all rows that share it."""
-        attempts = list(self._stored)
-        logprobs = [[0.0] * len(ids or []) for ids in attempts]
-        shared = self.second_attempts_per_first
-        online = [i for i in range(0, len(contexts), shared) if attempts[i] is None]
-        # Generation can be collective, so every process asks for as many as the one that needs most.
-        size, processes = len(contexts), self.accelerator.num_processes
-        most = max(sum(not self._is_offline(p * size + i) for i in range(0, size, shared)) for p in range(processes))
-        if most:
-            rows = online + [0] * (most - len(online))
-            group_size = 1 if self.args.num_offline else self.num_generations // shared
-            sampled, values = self._generate_single_turn(
-                [contexts[i] for i in rows], None, {}, num_generations=group_size
-            )
-            for position, first in enumerate(online):
-                for i in range(first, first + shared):
-                    attempts[i] = sampled[position]
-                    logprobs[i] = values[position] if values is not None else []
-        return attempts, logprobs if self.use_vllm else None
 
     @contextmanager
     def _eval_decoding(self):
@@ -433,45 +345,38 @@ class SCoReTrainer(GRPOTrainer):
         finally:
             self.generation_config, self.generation_kwargs = sampling
 
-    def _truncated(self, rollouts: Rollouts) -> list[list[bool]]:
-        """Per rollout and attempt: it was cut off before an end-of-sequence token."""
-        return [[not ids or ids[-1] not in self.eos_token_ids for ids in row] for row in rollouts.attempts]
-
     def _generate(self, prompts: list):
         start = time.perf_counter()
         prompt_ids, completion_ids, tool_mask, completions, *rest = super()._generate(prompts)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["time/rollout"].append(time.perf_counter() - start)
+        batch = self._batch
+        self._metrics[batch.mode]["time/rollout"].append(time.perf_counter() - start)
         if is_conversational({"prompt": prompts[0]}):  # for the completions table: one message per turn
             completions = []
-            for instruction, first, *others in zip(self._instructions, *self._completions, strict=True):
+            for instruction, first, *others in zip(batch.instructions, *batch.completions, strict=True):
                 user = {"role": "user", "content": instruction}
                 completions.append(first + [message for attempt in others for message in (user, *attempt)])
         return prompt_ids, completion_ids, tool_mask, completions, *rest
 
     # Rewards
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _rewards_of_all_attempts(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
+        """What TRL calls as `_calculate_rewards`: that method for each attempt, so that an override of it counts."""
         start = time.perf_counter()
-        reward_funcs = self.reward_funcs
-        self._attempt_rewards = []
+        batch, reward_funcs = self._batch, self.reward_funcs
         try:
-            for k in range(self.num_attempts):
+            for k in range(batch.num_attempts):
                 self._attempt = k + 1
                 self.reward_funcs = [
                     func if isinstance(func, nn.Module) else graded(func, name, k + 1)
                     for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
                 ]
-                attempt_ids = [attempts[k] for attempts in self._rollouts.attempts]
-                self._attempt_rewards.append(
-                    super()._calculate_rewards(inputs, prompts, self._completions[k], attempt_ids)
-                )
+                attempt_ids = [attempts[k] for attempts in batch.rollouts.attempts]
+                rewards = type(self)._calculate_rewards(self, inputs, prompts, batch.completions[k], attempt_ids)
+                batch.rewards.append(rewards)
         finally:
             self.reward_funcs = reward_funcs
-            self._attempt = None
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["time/reward"].append(time.perf_counter() - start)
-        return self._attempt_rewards[-1]
+        self._metrics[batch.mode]["time/reward"].append(time.perf_counter() - start)
+        return batch.rewards[-1]
 
     def _log_completion_extra(self, column: str, values: list):
         super()._log_completion_extra(f"{column}/attempt_{self._attempt}", values)
@@ -483,93 +388,68 @@ class SCoReTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         begin = time.perf_counter()
-        mode = "train" if self.model.training else "eval"
-        self._instructions = [row.get("correction_instruction") or self.args.correction_instruction for row in inputs]
-        self._stored = self._stored_attempts(inputs)
-        output = super()._generate_and_score_completions(inputs)
-
-        per_func = torch.stack(self._attempt_rewards, dim=1)  # (B of all processes, K, number of reward functions)
-        rewards = (per_func * self.reward_weights.to(per_func.device)).nansum(-1)
-        rewards[per_func.isnan().all(-1)] = torch.nan
-        stage, target = self._stage_and_target()
-        kl_stage = 1 if self.args.stage_schedule == "joint" else stage
-        weights = kl_weights(
-            kl_stage,
-            beta=self.beta,
-            stage1_beta=self._stage1_beta,
-            num_attempts=self.num_attempts,
-            target=target,
-        ).to(rewards.device)
-        attempt_ids = pad(  # (B, T)
-            [torch.tensor(ids) for ids in self._attempt_ids],
+        batch = self._batch = self._new_batch(
+            [row.get("correction_instruction") or self.args.correction_instruction for row in inputs]
+        )
+        first_row = self.accelerator.process_index * len(inputs)
+        if batch.mode == "train" and self.args.num_offline:
+            batch.stored = stored_attempts(inputs, first_row, self.args, self.state.global_step, self._tokenizer)
+        self._logs = self._tables[batch.mode]
+        self._calculate_rewards = self._rewards_of_all_attempts
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            del self._calculate_rewards  # the class's own is back
+        output["attempt_ids"] = pad(  # (B, T)
+            [torch.tensor(ids) for ids in self._trained_ids()],
             padding_value=0,
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
-        ).to(rewards.device)
-        if self.args.stage1_reference == "previous":
-            if mode == "train":
-                self._update_previous(stage, target)
-            if self._previous is not None:
-                output["ref_per_token_logps"] = self._mixed_reference(output, weights, attempt_ids)
-        adapt = self.args.adaptive_stage1_beta and mode == "train" and kl_stage == 1
-        in_reward = self.args.kl_level == "sequence" and self.beta != 0.0
-        if adapt or in_reward:
-            log_ratio = self._policy_logps(output) - output["ref_per_token_logps"]  # (B, T)
-        penalty = 0.0
-        if in_reward:
-            sequence_log_ratio = sum_per_attempt(log_ratio, attempt_ids, self.num_attempts)  # (B, K), if trained
-            penalty = self.accelerator.gather(weights * sequence_log_ratio)
-            weights = torch.zeros_like(weights)  # none in the loss
-        credit = shaped_rewards(
-            rewards, stage=stage, alpha=self.args.alpha, gamma=self.args.gamma, target=target, penalty=penalty
-        )
-        if mode == "train" and self.args.num_offline:
-            # Not sampled from the policy, so neither trained nor in the baseline of those that are.
-            credit[[self._is_offline(index) for index in range(len(credit))], 0] = torch.nan
-        group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        credit = shared_first_credit(credit, self.second_attempts_per_first)
-        advantages = tree_advantages(credit, group_size, self.second_attempts_per_first)  # (B of all processes, K)
-        if self.args.whiten_advantages:
-            advantages = whitened_advantages(advantages, credited=~credit.isnan())
-        if adapt:
-            self._adapt_stage1_beta(log_ratio, attempt_ids, advantages, target)
-
-        # Frozen here: the stage of the rollouts is the stage they were made for, however long they are trained on.
-        start = self.accelerator.process_index * len(inputs)
-        output["attempt_ids"] = attempt_ids
-        output["advantages"] = spread_to_tokens(advantages[start : start + len(inputs)], attempt_ids)
-        output["kl_weights"] = spread_to_tokens(weights, attempt_ids)
+        ).to(self.accelerator.device)
+        advantages, weights = self._targets(output, batch.reward_by_function(self.reward_weights))
+        output["advantages"] = spread_to_tokens(advantages[first_row : first_row + len(inputs)], output["attempt_ids"])
+        output["kl_weights"] = spread_to_tokens(weights, output["attempt_ids"])
         if "importance_sampling_ratio" in output and output["importance_sampling_ratio"].size(1) == 1:
             output["importance_sampling_ratio"] = self._importance_sampling_ratio(output)
-
-        self._log_rollouts(mode, stage, rewards, correct=per_func[:, :, 0], advantages=advantages)
-        self._metrics[mode]["time/batch"].append(time.perf_counter() - begin)
+        self._log_rollouts(advantages)
+        self._metrics[batch.mode]["time/batch"].append(time.perf_counter() - begin)
         return output
 
-    def _adapt_stage1_beta(self, log_ratio: Tensor, attempt_ids: Tensor, advantages: Tensor, target: int):
-        """Only for the batches to come, so that no batch is weighted by what it was sampled to be."""
-        token_kl = (-log_ratio).exp() + log_ratio - 1  # as TRL estimates it; not negative
-        held_kl = sum_per_attempt(token_kl, attempt_ids, self.num_attempts)[:, : target - 1].sum(1)  # (B,)
-        self._metrics["train"]["stage1_beta"].append(self._stage1_beta)
-        self._stage1_beta = balanced_stage1_beta(
-            self._stage1_beta,
-            kl=self.accelerator.gather(held_kl).mean().item(),
-            advantage=advantages[:, target - 1].abs().mean().item(),
-            start=self.args.stage1_beta,
+    def _targets(self, output: dict[str, Tensor], rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """[`~trl_score.objective.targets`] of the batch of all processes, and the next batch's adaptive beta2."""
+        batch, args = self._batch, self.args
+        in_reward = args.kl_level == "sequence" and self.beta != 0.0
+        adapt = args.adaptive_stage1_beta and batch.mode == "train" and batch.stage.held
+        log_ratio = kl = stored = None
+        if in_reward or adapt:
+            per_token = self._policy_logps(output) - output["ref_per_token_logps"]  # (B, T)
+            estimate = (-per_token).exp() + per_token - 1  # as TRL estimates the KL; not negative
+            log_ratio, kl = (  # of all processes: (B, K)
+                self.accelerator.gather(sum_per_attempt(each, output["attempt_ids"], batch.num_attempts))
+                for each in (per_token, estimate)
+            )
+        if batch.mode == "train" and args.num_offline:
+            stored = torch.tensor([is_stored(index, args) for index in range(len(rewards))], device=rewards.device)
+        advantages, weights = targets(
+            rewards,
+            batch.stage,
+            num_generations=batch.num_generations,
+            alpha=args.alpha,
+            gamma=args.gamma,
+            beta=self.beta,
+            stage1_beta=self._stage1_beta,
+            log_ratio=log_ratio if in_reward else None,
+            stored=stored,
         )
-
-    def _update_previous(self, stage: int, target: int):
-        if stage == 2 or target == 2:
-            self._previous = None
-        elif self._previous is None or self._previous.target != target:
-            self._previous = Snapshot.of(self.model, target)
-
-    def _mixed_reference(self, output: dict[str, Tensor], weights: Tensor, attempt_ids: Tensor) -> Tensor:
-        with self._previous.in_place_of_the_weights(self.model):
-            previous = self._logps(output)
-        beta = torch.full_like(weights, self.beta)
-        both = [spread_to_tokens(each, attempt_ids) for each in (beta, weights - beta)]
-        return mixed_reference(output["ref_per_token_logps"], previous, *both)
+        if adapt:  # only for the batches to come, so that no batch is weighted by what it was sampled to be
+            self._metrics["train"]["stage1_beta"].append(self._stage1_beta)
+            self._stage1_beta = balanced_stage1_beta(
+                self._stage1_beta,
+                kl=kl[:, [k - 1 for k in batch.stage.held]].sum(1).mean().item(),
+                advantage=advantages[:, batch.stage.credited[-1] - 1].abs().mean().item(),
+                start=args.stage1_beta,
+            )
+        return advantages, weights
 
     def _policy_logps(self, output: dict[str, Tensor]) -> Tensor:
         """
@@ -592,60 +472,54 @@ class SCoReTrainer(GRPOTrainer):
     def _importance_sampling_ratio(self, output: dict[str, Tensor]) -> Tensor:
         """TRL's sequence-level correction of vLLM's log-probabilities, per attempt instead of per row: (B, T)."""
         difference = (output["old_per_token_logps"] - output["sampling_per_token_logps"]).nan_to_num(0.0)
-        ratio = sum_per_attempt(difference, output["attempt_ids"], self.num_attempts).exp()  # (B, K)
+        ratio = sum_per_attempt(difference, output["attempt_ids"], self._batch.num_attempts).exp()  # (B, K)
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        clamped = ratio.clamp(low, high)
+        clamped = ratio if low is None and high is None else ratio.clamp(low, high)
         if self.vllm_importance_sampling_mode == "sequence_mask":
             ratio = torch.where(ratio == clamped, ratio, 0.0)
         else:
             ratio = clamped
         return spread_to_tokens(ratio, output["attempt_ids"])
 
-    def _log_rollouts(self, mode: str, stage: int, rewards: Tensor, correct: Tensor, advantages: Tensor):
-        metrics = self._metrics[mode]
-        metrics["stage"].append(stage)
+    def _log_rollouts(self, advantages: Tensor):
+        batch, metrics = self._batch, self._metrics[self._batch.mode]
+        attempts = range(1, batch.num_attempts + 1)
+        by_function = batch.reward_by_function(self.reward_weights)  # (B of all processes, K, F)
+        abstained = by_function.isnan()
+        rewards = torch.where(abstained.all(-1), torch.nan, by_function.nansum(-1))  # (B of all processes, K)
+        metrics["stage"].append(batch.stage.number)
         # One value per rollout, not per batch, so that a smaller last batch does not count more.
-        correct = torch.where(correct.isnan(), correct, (correct >= 1).float())
-        for name, values in self_correction_values(correct).items():
-            metrics[name].extend(values.tolist())
-        for k in range(self.num_attempts):
-            metrics[f"reward_t{k + 1}"].extend(rewards[:, k].tolist())
-        rollouts = self._rollouts
-        columns = [
-            torch.tensor(self._truncated(rollouts)).float(),
-            torch.tensor([[len(ids) for ids in row] for row in rollouts.attempts]).float(),
-        ]
-        names = [
-            *(f"completions/clipped_ratio_t{k + 1}" for k in range(self.num_attempts)),
-            *(f"completions/mean_length_t{k + 1}" for k in range(self.num_attempts)),
-        ]
-        if self.num_attempts > 1:
-            columns.append(attempt_changes(rollouts.attempts))
-            names += ["edit_distance_ratio", "changed_ratio"]
-        if mode == "train":
-            self._count_generated_tokens(rewards.device)
+        first = torch.stack(batch.rewards, dim=1)[:, :, 0]
+        correct = torch.where(first.isnan(), first, (first >= 1).float())
+        values = {name: each.tolist() for name, each in self_correction_values(correct).items()}
+        values |= {f"reward_t{k}": rewards[:, k - 1].tolist() for k in attempts}
+        own = {  # of this process: (B, K) or (B, 2)
+            tuple(f"completions/clipped_ratio_t{k}" for k in attempts): batch.truncated(self.eos_token_ids),
+            tuple(f"completions/mean_length_t{k}" for k in attempts): [
+                [len(ids) for ids in row] for row in batch.rollouts.attempts
+            ],
+        }
+        if batch.num_attempts > 1:
+            own["edit_distance_ratio", "changed_ratio"] = attempt_changes(batch.rollouts.attempts).tolist()
+            values["bonus_abstained_ratio"] = (abstained[:, 1:] != abstained[:, :-1]).any(-1).any(-1).float().tolist()
+        columns = torch.cat([torch.tensor(each).float() for each in own.values()], dim=1).to(rewards.device)
+        names = [name for each in own for name in each]
+        values |= dict(zip(names, self.accelerator.gather(columns).T.tolist(), strict=True))
+        for name, each in values.items():
+            metrics[name].extend(each)
+        if batch.mode == "train":
+            count = torch.tensor(batch.num_generated_tokens, device=rewards.device)
+            self._num_generated_tokens += self.accelerator.gather(count).sum().item()
         metrics["num_generated_tokens"] = [self._num_generated_tokens]
-        values = self.accelerator.gather(torch.cat(columns, dim=1).to(rewards.device))
-        for name, column in zip(names, values.T, strict=True):
-            metrics[name].extend(column.tolist())
 
         # The completions table: TRL wrote its own advantages of the last attempt.
         logged = self._logs["advantages"]
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages[:, -1].tolist())
-        for k in range(self.num_attempts):
-            self._logs["extra"][f"reward/attempt_{k + 1}"].extend(rewards[:, k].tolist())
-            self._logs["extra"][f"advantage/attempt_{k + 1}"].extend(advantages[:, k].tolist())
-
-    def _count_generated_tokens(self, device: torch.device):
-        """What the policy has sampled: no bridges, no stored first attempts, and shared ones once."""
-        lengths = [[len(ids) for ids in row] for row in self._rollouts.attempts]
-        for i, stored in enumerate(self._stored):
-            if stored is not None or i % self.second_attempts_per_first:
-                lengths[i][0] = 0
-        count = torch.tensor(sum(map(sum, lengths)), device=device)
-        self._num_generated_tokens += self.accelerator.gather(count).sum().item()
+        for k in attempts:
+            self._logs["extra"][f"reward/attempt_{k}"].extend(rewards[:, k - 1].tolist())
+            self._logs["extra"][f"advantage/attempt_{k}"].extend(advantages[:, k - 1].tolist())
 
     # Loss
 
@@ -658,11 +532,11 @@ class SCoReTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        attempt_ids = inputs["attempt_ids"]
         kl = weights.values.detach()
-        sums = [sum_per_attempt(x, attempt_ids, self.num_attempts).sum(0) for x in (kl, torch.ones_like(kl))]
-        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum")
         mode = "train" if self.model.training else "eval"
+        number = self.args.num_attempts if mode == "train" else self.args.num_attempts_eval
+        sums = [sum_per_attempt(x, inputs["attempt_ids"], number).sum(0) for x in (kl, torch.ones_like(kl))]
+        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum")
         for k, value in enumerate((totals[0] / totals[1].clamp(min=1.0)).tolist(), start=1):
             self._metrics[mode][f"kl_t{k}"].append(value)
         return loss
@@ -685,8 +559,6 @@ class SCoReTrainer(GRPOTrainer):
         if self.args.should_save:
             state = {"stage1_beta": self._stage1_beta, "num_generated_tokens": self._num_generated_tokens}
             (folder / STATE_FILE).write_text(json.dumps(state))
-        if self._previous is not None and self.args.should_save:
-            torch.save(vars(self._previous), folder / PREVIOUS_FILE)
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
@@ -702,9 +574,6 @@ class SCoReTrainer(GRPOTrainer):
             self._num_generated_tokens = state["num_generated_tokens"]
             if self.args.adaptive_stage1_beta:
                 self._stage1_beta = state["stage1_beta"]
-        path = Path(checkpoint, PREVIOUS_FILE)
-        if self.args.stage1_reference == "previous" and path.exists():
-            self._previous = Snapshot(**torch.load(path, map_location=self.accelerator.device, weights_only=True))
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -731,66 +600,6 @@ class SCoReTrainer(GRPOTrainer):
         for column in ("correction_instruction", "first_attempts"):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
-
-    # Checks
-
-    def _check_shards(self):
-        """What needs whole weights cannot be had where no process has them."""
-        if self.args.stage1_reference == "previous" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                "`stage1_reference='previous'` copies the weights, which DeepSpeed and FSDP shard. Set it to 'base'."
-            )
-        if self.args.reference_model_name_or_path is not None and (self._dist.is_zero3 or self._dist.is_fsdp):
-            raise ValueError(
-                "`reference_model_name_or_path` loads whole weights into the reference model, which ZeRO-3 and FSDP shard. "
-                "Start from the base model itself and leave it out, or train with DDP or ZeRO-2."
-            )
-
-    def _check_context(self):
-        """All attempts of the longest prompt fit the model's context."""
-        rows = self.train_dataset
-        rows = (
-            rows.take(100) if isinstance(rows, IterableDataset) else rows.select(range(min(len(rows), ROWS_CHECKED)))
-        )
-        rows = list(rows)
-        if is_conversational(rows[0]) and self._tokenizer.chat_template is None:
-            raise ValueError(
-                "The dataset's prompts are chat messages, but the tokenizer has no chat template. Use a tokenizer that has "
-                "one, set `tokenizer.chat_template`, or give the prompts as text."
-            )
-        prompt_ids, _, _ = self._tokenize_prompts([row["prompt"] for row in rows])
-        longest = max(range(len(rows)), key=lambda i: len(prompt_ids[i]))
-        instruction = max(
-            (row.get("correction_instruction") or self.args.correction_instruction for row in rows), key=len
-        )
-        prompt = rows[longest]["prompt"]
-        # Of training, and of evaluation if there is one.
-        self._most_attempts = max(self.args.num_attempts, self.args.num_attempts_eval if self.eval_dataset else 0)
-        lengths = [
-            len(self._bridge([prompt], [instruction], attempt, [[]])[0]) for attempt in range(1, self._most_attempts)
-        ]
-        self._bridge_tokens = sum(lengths)
-        self._longest_stored = max(
-            (len(self._attempt_tokens(ids)) for row in rows for ids in row["first_attempts"])
-            if self.args.num_offline
-            else (),
-            default=0,
-        )
-        self._check_length(len(prompt_ids[longest]))
-
-    def _check_length(self, prompt_length: int):
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if self.use_vllm and self.args.vllm_max_model_length is not None:
-            limit = min(limit or self.args.vllm_max_model_length, self.args.vllm_max_model_length)
-        longer = max(0, self._longest_stored - self.max_completion_length)
-        needed = prompt_length + self._most_attempts * self.max_completion_length + longer + self._bridge_tokens
-        if limit is not None and needed > limit:
-            raise ValueError(
-                f"The model's context of {limit} tokens is too short: a prompt of {prompt_length} tokens, "
-                f"{self._most_attempts} attempts of up to {self.max_completion_length} tokens (`max_completion_length` holds "
-                f"for each) and {self._bridge_tokens} tokens of correction instructions need {needed}. Lower "
-                "`max_completion_length` or drop the longest prompts."
-            )
 
 
 class _TokenWeights:

@@ -12,7 +12,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from .collection import with_first_attempts
 from .evaluation import disconnect
 from .metrics import label
-from .score_config import CORRECTION_INSTRUCTION, SCoReConfig
+from .score_config import SCoReConfig
 from .score_trainer import SCoReTrainer
 from .tasks import TASKS, Arithmetic, Task, get_task
 from .tasks.arithmetic import BASE_MODEL_PATH
@@ -150,7 +150,7 @@ def train(
         model_args (`~trl.ModelConfig`):
             The model, its quantization and its adapter.
         correction_instruction (`str`, *optional*):
-            The task's. One that was set in `args` is left as it is.
+            The instruction of the task, used if `args` has none.
         task, eval_task (`str`, *optional*):
             Names of the tasks that the problems are from, for the model card. The second defaults to the first.
 
@@ -159,7 +159,7 @@ def train(
     """
     if model_args.model_name_or_path is None:
         sys.exit("Which model? Give --model_name_or_path: a Hub id or a folder.")
-    if correction_instruction is not None and args.correction_instruction == CORRECTION_INSTRUCTION:
+    if args.correction_instruction is None:
         args.correction_instruction = correction_instruction
     args.eval_on_start = eval_rows is not None
     args.model_init_kwargs = init_kwargs(args, model_args)

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
 from trl_score import SCoReConfig, SCoReTrainer
-from trl_score.objective import kl_weights, spread_to_tokens
+from trl_score.objective import kl_weights, spread_to_tokens, stage_one
 from trl_score.rollout import Rollouts
 
 
@@ -73,7 +73,7 @@ def make_updates(ours: SCoReTrainer, stock: GRPOTrainer, length: int, args: argp
     ids = pad(ids, padding_value=0, padding_side="right")
     inputs["tool_mask"] = (ids > 0).long()
     advantages = torch.randn(args.batch, 2, device=DEVICE)
-    weights = kl_weights(1, beta=0.01, stage1_beta=0.1).to(DEVICE)
+    weights = kl_weights(stage_one(2), beta=0.01, stage1_beta=0.1, num_attempts=2).to(DEVICE)
     of_attempts = {
         "attempt_ids": ids,
         "advantages": spread_to_tokens(advantages, ids),

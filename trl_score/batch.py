@@ -1,0 +1,75 @@
+"""One generation of rollouts, from dataset rows to what the loss reads."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .objective import Stage
+from .rollout import Rollouts
+
+
+@dataclass
+class Batch:
+    """
+    The rollouts that are being made, graded and credited. TRL calls the trainer's overrides one after the other and hands none
+    of this from one to the next, so the trainer holds the batch, and each override fills in its part.
+
+    Attributes:
+        mode (`str`):
+            `"train"` or `"eval"`.
+        stage ([`~trl_score.objective.Stage`]):
+            The stage that the rollouts are made for. It stays theirs, however long they are trained on.
+        num_attempts (`int`):
+            Attempts in a rollout, `K`.
+        num_generations (`int`):
+            Rollouts of a problem, in consecutive rows.
+        instructions (`list[str]`):
+            The user's turn between two attempts, for each of the `B` rows of this process.
+        stored (`list[list[int] | None]`):
+            For each row the tokens of a stored first attempt, which is neither sampled nor trained; `None` for a sampled one.
+        rollouts ([`~trl_score.rollout.Rollouts`]):
+            Filled in by generation.
+        completions (`list[list]`):
+            Filled in by generation: for each attempt, `B` texts or chat messages, as the reward functions see them.
+        rewards (`list[torch.Tensor]`):
+            Filled in by grading: for each attempt, a tensor of shape `(B of all processes, number of reward functions)`, NaN
+            where a function abstained.
+    """
+
+    mode: str
+    stage: Stage
+    num_attempts: int
+    num_generations: int
+    instructions: list[str]
+    stored: list[list[int] | None]
+    rollouts: Rollouts | None = None
+    completions: list[list] = field(default_factory=list)
+    rewards: list[Tensor] = field(default_factory=list)
+
+    def truncated(self, eos_token_ids: set[int]) -> list[list[bool]]:
+        """Per rollout and attempt, whether it was cut off before an end-of-sequence token."""
+        return [[not ids or ids[-1] not in eos_token_ids for ids in row] for row in self.rollouts.attempts]
+
+    def trained_ids(self, truncated: list[list[bool]] | None = None) -> list[list[int]]:
+        """
+        For each token after the prompt the attempt that it belongs to, 0 at attempts that are not trained: stored ones, and
+        the `truncated` ones if given.
+        """
+        untrained = truncated or [[False] * self.num_attempts for _ in self.stored]
+        untrained = [[row[0] or ids is not None, *row[1:]] for row, ids in zip(untrained, self.stored, strict=True)]
+        return [
+            [0 if k == 0 or row[k - 1] else k for k in ids]
+            for ids, row in zip(self.rollouts.attempt_ids, untrained, strict=True)
+        ]
+
+    def reward_by_function(self, weights: Tensor) -> Tensor:
+        """Weighted reward of each attempt by each reward function: (B of all processes, K, F), NaN where it abstained."""
+        rewards = torch.stack(self.rewards, dim=1)
+        return rewards * weights.to(rewards.device)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens that this process sampled from the policy: no instructions, no stored first attempts."""
+        stored = sum(len(ids) for ids in self.stored if ids is not None)
+        return sum(len(ids) for row in self.rollouts.attempts for ids in row) - stored

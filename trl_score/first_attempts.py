@@ -1,0 +1,59 @@
+"""First attempts that are not sampled from the policy but taken from the dataset (Section 5.3)."""
+
+import random
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from .score_config import SCoReConfig
+
+
+Sampled = tuple[list[list[int]], list[list[float]] | None]
+
+
+def is_stored(index: int, args: SCoReConfig) -> bool:
+    """Whether the rollout at a position of the whole batch, over all processes, has a stored first attempt."""
+    return index % args.num_generations >= args.num_generations - args.num_offline
+
+
+def attempt_tokens(attempt: str | list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    is_text = isinstance(attempt, str)
+    return tokenizer(text=attempt, add_special_tokens=False)["input_ids"] if is_text else list(attempt)
+
+
+def stored_attempts(
+    rows: list[dict], start: int, args: SCoReConfig, step: int, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int] | None]:
+    """
+    For each row its stored first attempt, or `None` where the policy samples it. The rollouts of a problem get different
+    ones while there are enough; the same draw on all processes, and after a resume.
+    """
+    stored = []
+    for index, row in enumerate(rows, start=start):
+        ids = None
+        if is_stored(index, args):
+            order = list(range(len(row["first_attempts"])))
+            random.Random(f"{args.seed} {step} {row['prompt']}").shuffle(order)
+            rank = index % args.num_generations - (args.num_generations - args.num_offline)
+            ids = attempt_tokens(row["first_attempts"][order[rank % len(order)]], tokenizer)
+        stored.append(ids)
+    return stored
+
+
+def sample_or_take(
+    contexts: list[list[int]],
+    stored: list[list[int] | None],
+    sample: Callable[[list[list[int]], int], Sampled],
+    num_sampled: Callable[[int], int],
+) -> Sampled:
+    """First attempts: the stored ones, and sampled ones for the other rows."""
+    attempts = list(stored)
+    logprobs = [[0.0] * len(ids or []) for ids in attempts]
+    online = [i for i, ids in enumerate(attempts) if ids is None]
+    values = None
+    if most := num_sampled(len(contexts)):
+        sampled, values = sample([contexts[i] for i in online + [0] * (most - len(online))], 1)
+        for position, i in enumerate(online):
+            attempts[i] = sampled[position]
+            logprobs[i] = values[position] if values is not None else []
+    return attempts, logprobs if values is not None else None
