@@ -9,6 +9,7 @@ import random
 import sys
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 from transformers import AutoConfig, set_seed
 
@@ -39,9 +40,18 @@ def reward(completions, answer, **kwargs):
     return [sum(got == wanted for got, wanted in zip(text, gold, strict=False)) / len(gold) for text, gold in pairs]
 
 
+def move(model):
+    """Take the policy away from the reference."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter) * parameter.std()
+
+
 def main():
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     with_lora, generated = settings.pop("lora", False), settings.pop("generated", False)
+    num_test, evaluate_only = settings.pop("num_test", 8), settings.pop("evaluate_only", False)
     config = SCoReConfig(
         **{
             "output_dir": str(folder / "out"),
@@ -65,7 +75,7 @@ def main():
         }
     )
     set_seed(0)  # of the adapter
-    task = Arithmetic(num_train=16, num_test=8)
+    task = Arithmetic(num_train=16, num_test=num_test)
     trainer = (SCoReTrainer if generated else FixedRollouts)(
         str(BASE_MODEL_PATH),
         task.reward if generated else reward,
@@ -75,6 +85,13 @@ def main():
         peft_config=LoraConfig(r=4) if with_lora else None,
     )
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+    if evaluate_only:
+        move(trainer.model)
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+        disconnect()
+        return
     trainer.train()
     # What the model is in the end is what was saved, whatever holds the weights in which pieces.
     trainer.save_model(str(folder / "model"))

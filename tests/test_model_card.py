@@ -33,7 +33,7 @@ def test_intervals_are_those_of_the_evaluation():
     evaluation = evaluate_self_correction(str(BASE_MODEL_PATH), "arithmetic", max_completion_length=8, batch_size=500)
     metrics = evaluation.summary["metrics"]
     log = {f"eval_{name}": metric["value"] for name, metric in metrics.items()}
-    for name, (value, low, high) in measured(log, 2, 1000).items():
+    for name, (value, low, high) in measured(log, "eval", 2, 1000).items():
         expected = metrics[name]
         assert value == pytest.approx(100 * expected["value"])
         assert low == pytest.approx(100 * expected["low"], abs=0.35) and high == pytest.approx(

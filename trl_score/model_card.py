@@ -1,6 +1,7 @@
 """The card of a trained model: TRL's, with how SCoRe trained it, what was measured, and how to use it as trained."""
 
 import json
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,9 @@ FIGURE = "images/training.png"
 OPTIONS = ("adaptive_stage1_beta", "kl_level")  # shown where not the default
 
 
-def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str, tuple[float, float, float]]:
+def measured(
+    log: dict, prefix: str, num_attempts: int, num_problems: int | None
+) -> dict[str, tuple[float, float, float]]:
     """
     The metrics of an evaluation by the trainer, in percent: value, and the limits of a 95 % bootstrap interval over
     problems. With one greedy rollout per problem the shares of right attempts, of i→c and of c→i are all that the bootstrap
@@ -30,6 +33,8 @@ def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str
     Args:
         log (`dict`):
             An entry of the trainer's log.
+        prefix (`str`):
+            What the names of the metrics begin with: `"eval"`, or `"eval_"` and the name of the evaluation set.
         num_attempts (`int`):
             Attempts in a rollout.
         num_problems (`int`, *optional*):
@@ -38,31 +43,52 @@ def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str
     names = [f"accuracy_t{k + 1}" for k in range(num_attempts)]
     found = {}
     for name in [*names, f"delta_t1_t{num_attempts}", "delta_i_to_c", "delta_c_to_i"]:
-        value, limits = log[f"eval_{name}"], (np.nan, np.nan)
+        value, limits = log[f"{prefix}_{name}"], (np.nan, np.nan)
         if num_problems:
-            shares = (
-                (log["eval_delta_i_to_c"], log["eval_delta_c_to_i"]) if name.startswith("delta_t") else (value, 0.0)
-            )
-            up, down = (round(share * num_problems) for share in shares)
-            limits = bootstrap_intervals(np.repeat([1.0, -1.0, 0.0], [up, down, num_problems - up - down]))
+            shares = (value, 0.0)
+            if name.startswith("delta_t"):
+                shares = (log[f"{prefix}_delta_i_to_c"], log[f"{prefix}_delta_c_to_i"])
+            limits = _limits(*(round(share * num_problems) for share in shares), num_problems)
         found[name] = (100 * value, 100 * limits[0], 100 * limits[1])
     return found
 
 
-def evaluations_of(trainer: "SCoReTrainer") -> dict[int, dict[str, tuple[float, float, float]]]:
-    """By optimizer step, what the trainer measured on its evaluation data; an evaluation without verdicts is left out."""
-    config, rows = trainer.args, trainer.eval_dataset
-    one_each = config.num_generations_eval == 1 and hasattr(rows, "__len__") and not isinstance(rows, dict)
-    num_problems = len(rows) if one_each else None
-    needed = [f"eval_accuracy_t{k + 1}" for k in range(config.num_attempts_eval)] + [
-        "eval_delta_i_to_c",
-        "eval_delta_c_to_i",
-    ]
-    return {
-        log["step"]: measured(log, config.num_attempts_eval, num_problems)
-        for log in trainer.state.log_history
-        if all(log.get(name) is not None for name in needed)
-    }
+@cache
+def _limits(up: int, down: int, number: int) -> tuple[float, float]:
+    """Of the mean of so many ones, minus ones and zeros. A card is written at each checkpoint, with the same evaluations."""
+    return bootstrap_intervals(np.repeat([1.0, -1.0, 0.0], [up, down, number - up - down]))
+
+
+def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[int, dict[str, tuple[float, float, float]]]]:
+    """
+    By evaluation set (`None` where there is one without a name) and optimizer step, what the trainer measured; an evaluation
+    without verdicts is left out.
+    """
+    config, sets = trainer.args, trainer.eval_dataset
+    sets = sets if isinstance(sets, dict) else {None: sets}
+    needed = [f"accuracy_t{k + 1}" for k in range(config.num_attempts_eval)] + ["delta_i_to_c", "delta_c_to_i"]
+    found = {}
+    for name, rows in sets.items():
+        prefix = "eval" if name is None else f"eval_{name}"
+        num_problems = len(rows) if config.num_generations_eval == 1 and hasattr(rows, "__len__") else None
+        found[name] = {
+            log["step"]: measured(log, prefix, config.num_attempts_eval, num_problems)
+            for log in trainer.state.log_history
+            if all(log.get(f"{prefix}_{metric}") is not None for metric in needed)
+        }
+    return {name: steps for name, steps in found.items() if steps}
+
+
+def results(evaluations: dict[str | None, dict[int, dict]]) -> str | None:
+    """A table for each evaluation set, in Markdown."""
+    tables = []
+    for name, steps in evaluations.items():
+        names = list(next(iter(steps.values())))
+        rows = [["optimizer steps", *map(label, names)], ["---:"] * (len(names) + 1)]
+        rows += [[str(step), *(_cell(*found[metric]) for metric in names)] for step, found in steps.items()]
+        heading = [] if name is None else [f"Evaluation set `{name}`:\n"]
+        tables.append("\n".join([*heading, *(f"| {' | '.join(row)} |" for row in rows)]))
+    return "\n\n".join(tables) or None
 
 
 def _cell(value: float, low: float, high: float) -> str:
@@ -83,17 +109,14 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     """
     config, state = trainer.args, trainer.state
     evaluations = evaluations_of(trainer)
-    rows = []
-    if evaluations:
-        names = list(next(iter(evaluations.values())))
-        rows = [["optimizer steps", *map(label, names)], ["---:"] * (len(names) + 1)]
-        rows += [[str(step), *(_cell(*found[name]) for name in names)] for step, found in evaluations.items()]
     chat = isinstance(next(iter(trainer.train_dataset))["prompt"], list)
     template = Template(
         resources.files("trl_score").joinpath("templates/score_model_card.md").read_text("utf-8"),
         trim_blocks=True,
     )
-    num_problems = len(trainer.eval_dataset) if hasattr(trainer.eval_dataset, "__len__") else None
+    num_problems = None  # of several sets, each has its own number
+    if hasattr(trainer.eval_dataset, "__len__") and not isinstance(trainer.eval_dataset, dict):
+        num_problems = len(trainer.eval_dataset)
     section = template.render(
         config=config,
         options=", ".join(
@@ -106,7 +129,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
         eval_task=trainer.eval_task,
         model_id=config.hub_model_id or "path or Hub id of this model",
         instruction=json.dumps(config.correction_instruction, ensure_ascii=False),
-        results="\n".join(f"| {' | '.join(row)} |" for row in rows) or None,
+        results=results(evaluations),
         num_problems=num_problems,
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         decoding="greedy decoding" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}",
@@ -124,19 +147,19 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
         before = before.replace("of [None](https://huggingface.co/None)", "of a local model")
     card.text = f"{before}{section}\n\n## Training procedure{after}"
     if evaluations and trainer.eval_task is not None:
-        last = evaluations[max(evaluations)]
-        results = [
+        entries = [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=trainer.eval_task,
-                dataset_name=trainer.eval_task,
+                dataset_type=name or trainer.eval_task,
+                dataset_name=name or trainer.eval_task,
                 metric_type="accuracy",
                 metric_name=label(f"accuracy_t{k + 1}"),
-                metric_value=round(last[f"accuracy_t{k + 1}"][0] / 100, 4),
+                metric_value=round(steps[max(steps)][f"accuracy_t{k + 1}"][0] / 100, 4),
             )
+            for name, steps in evaluations.items()
             for k in range(config.num_attempts_eval)
         ]
-        card.data["model-index"] = eval_results_to_model_index(card.data.model_name or path.parent.name, results)
+        card.data["model-index"] = eval_results_to_model_index(card.data.model_name or path.parent.name, entries)
     card.save(path)
 
 

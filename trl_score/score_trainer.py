@@ -1,11 +1,12 @@
 """`SCoReTrainer`: rollout, reward and objective in TRL's `GRPOTrainer`. The only file that knows TRL's internals."""
 
 import json
+import math
 import os
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from itertools import groupby
@@ -19,7 +20,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -33,6 +33,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, pad
 from .batch import Batch
 from .cache import can_reuse_cache, reused_cache
 from .checks import TRAINED_FLAG, ContextCheck, check_datasets, check_model, check_shards
+from .decoding import Decoding, keep_random_state, neutral_generation
 from .first_attempts import is_stored, sample_or_take, stored_attempts
 from .grading import graded
 from .metrics import attempt_changes, self_correction_values
@@ -47,7 +48,7 @@ from .objective import (
 )
 from .quantization import keep_differentiable
 from .rollout import Bridge, decode_attempts, roll_out
-from .score_config import SCoReConfig
+from .score_config import TECHNICAL_GENERATION_KWARGS, SCoReConfig
 from .tasks.base import text_of
 from .tasks.math import CORRECTION_INSTRUCTION
 
@@ -187,6 +188,8 @@ class SCoReTrainer(GRPOTrainer):
         self.schedule = schedule or partial(two_stages, stage1_steps=args.stage1_steps, num_attempts=args.num_attempts)
         self._batch: Batch | None = None  # the one that is being made
         self._attempt: int | None = None  # the one that is being graded
+        self._uncounted: int | None = None  # rollouts of the evaluation that is going on
+        self._kl_sums: Tensor | float = 0.0  # of that evaluation: KL and tokens of each attempt
         # Training and evaluation can have different columns, so each has a completions table of its own.
         self._tables = {"train": self._logs, "eval": deepcopy(self._logs)}
         self._stage1_beta = args.stage1_beta  # of the next batch
@@ -290,7 +293,7 @@ class SCoReTrainer(GRPOTrainer):
             return self._bridge(prompts, batch.instructions, attempt, attempt_ids)
 
         with (
-            self._eval_decoding() if batch.mode == "eval" else nullcontext(),
+            self._decoding(batch.mode),
             reused_cache(self.model) if self._reuses_cache else nullcontext(),
         ):
             batch.rollouts = rollouts = roll_out(prompt_ids, generate, bridge, batch.num_attempts)
@@ -321,29 +324,30 @@ class SCoReTrainer(GRPOTrainer):
         return [list(ids) for ids, (_, number) in zip(prompt_ids, groups, strict=True) for _ in range(number)]
 
     @contextmanager
-    def _eval_decoding(self):
-        """Decode with `eval_temperature` instead of sampling as in training."""
-        temperature = self.args.eval_temperature
-        if self.use_vllm:
-            sampling = self.vllm_generation.temperature
-            self.vllm_generation.temperature = temperature
-            try:
-                yield
-            finally:
-                self.vllm_generation.temperature = sampling
-            return
-        sampling = self.generation_config, self.generation_kwargs
-        kwargs = dict(self.generation_kwargs)
-        if temperature == 0:
-            kwargs = {name: kwargs[name] for name in kwargs.keys() - {"temperature", "top_p", "top_k", "min_p"}}
-            kwargs["do_sample"] = False
-        else:
-            kwargs["temperature"] = temperature
-        self.generation_config, self.generation_kwargs = GenerationConfig(**kwargs, disable_compile=True), kwargs
-        try:
+    def _decoding(self, mode: str):
+        """
+        Training samples from the policy, evaluation decodes at `eval_temperature`: both from the model's own distribution,
+        whatever the checkpoint's `generation_config` says. Evaluation also ignores what cuts the distribution in training.
+        """
+        with ExitStack() as stack:
+            if not self.use_vllm:
+                stack.enter_context(neutral_generation(self.accelerator.unwrap_model(self.model)))
+            if mode == "eval":
+                given = self.args.generation_kwargs or {}
+                technical = {name: given[name] for name in given.keys() & TECHNICAL_GENERATION_KWARGS}
+                decoding = Decoding(self.args.eval_temperature, max_completion_length=self.max_completion_length)
+                if self.use_vllm:
+                    neutral = {"temperature": decoding.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+                    neutral |= {"repetition_penalty": 1.0, "generation_kwargs": technical}
+                    stack.enter_context(_replaced(self.vllm_generation, neutral))
+                else:
+                    config = decoding.generation_config(self.eos_token_ids, self._tokenizer.pad_token_id)
+                    config.update(
+                        **technical, cache_implementation=self.args.cache_implementation, disable_compile=True
+                    )
+                    changed = {"generation_config": config, "generation_kwargs": config.to_diff_dict()}
+                    stack.enter_context(_replaced(self, changed))
             yield
-        finally:
-            self.generation_config, self.generation_kwargs = sampling
 
     def _generate(self, prompts: list):
         start = time.perf_counter()
@@ -411,7 +415,10 @@ class SCoReTrainer(GRPOTrainer):
         output["kl_weights"] = spread_to_tokens(weights, output["attempt_ids"])
         if "importance_sampling_ratio" in output and output["importance_sampling_ratio"].size(1) == 1:
             output["importance_sampling_ratio"] = self._importance_sampling_ratio(output)
-        self._log_rollouts(advantages)
+        counted = self._counted(len(advantages))
+        if batch.mode == "eval":
+            output["counted"] = counted[first_row : first_row + len(inputs)]
+        self._log_rollouts(advantages, counted)
         self._metrics[batch.mode]["time/batch"].append(time.perf_counter() - begin)
         return output
 
@@ -481,7 +488,7 @@ class SCoReTrainer(GRPOTrainer):
             ratio = clamped
         return spread_to_tokens(ratio, output["attempt_ids"])
 
-    def _log_rollouts(self, advantages: Tensor):
+    def _log_rollouts(self, advantages: Tensor, counted: Tensor):
         batch, metrics = self._batch, self._metrics[self._batch.mode]
         attempts = range(1, batch.num_attempts + 1)
         by_function = batch.reward_by_function(self.reward_weights)  # (B of all processes, K, F)
@@ -489,10 +496,10 @@ class SCoReTrainer(GRPOTrainer):
         rewards = torch.where(abstained.all(-1), torch.nan, by_function.nansum(-1))  # (B of all processes, K)
         metrics["stage"].append(batch.stage.number)
         # One value per rollout, not per batch, so that a smaller last batch does not count more.
-        first = torch.stack(batch.rewards, dim=1)[:, :, 0]
-        correct = torch.where(first.isnan(), first, (first >= 1).float())
-        values = {name: each.tolist() for name, each in self_correction_values(correct).items()}
-        values |= {f"reward_t{k}": rewards[:, k - 1].tolist() for k in attempts}
+        unweighted = torch.stack(batch.rewards, dim=1)[counted]
+        correct = unweighted[:, :, 0]
+        correct = torch.where(correct.isnan(), correct, (correct >= 1).float())
+        values = self_correction_values(correct) | {f"reward_t{k}": rewards[counted, k - 1] for k in attempts}
         own = {  # of this process: (B, K) or (B, 2)
             tuple(f"completions/clipped_ratio_t{k}" for k in attempts): batch.truncated(self.eos_token_ids),
             tuple(f"completions/mean_length_t{k}" for k in attempts): [
@@ -501,12 +508,18 @@ class SCoReTrainer(GRPOTrainer):
         }
         if batch.num_attempts > 1:
             own["edit_distance_ratio", "changed_ratio"] = attempt_changes(batch.rollouts.attempts).tolist()
-            values["bonus_abstained_ratio"] = (abstained[:, 1:] != abstained[:, :-1]).any(-1).any(-1).float().tolist()
+            values["bonus_abstained_ratio"] = (abstained[:, 1:] != abstained[:, :-1]).any(-1).any(-1)[counted].float()
         columns = torch.cat([torch.tensor(each).float() for each in own.values()], dim=1).to(rewards.device)
-        names = [name for each in own for name in each]
-        values |= dict(zip(names, self.accelerator.gather(columns).T.tolist(), strict=True))
+        columns = self.accelerator.gather(columns)[counted]
+        values |= dict(zip((name for each in own for name in each), columns.T, strict=True))
         for name, each in values.items():
-            metrics[name].extend(each)
+            metrics[name].extend(each.tolist())
+        if batch.mode == "eval":  # TRL's means have the rows in them that are not counted
+            stock = {f"rewards/{name}/mean": unweighted[:, -1, i] for i, name in enumerate(self.reward_func_names)}
+            stock |= {"reward": rewards[counted, -1]}
+            stock |= {"completions/mean_length": sum(values[f"completions/mean_length_t{k}"] for k in attempts)}
+            for name, each in stock.items():
+                metrics[name][-1:] = each.tolist()
         if batch.mode == "train":
             count = torch.tensor(batch.num_generated_tokens, device=rewards.device)
             self._num_generated_tokens += self.accelerator.gather(count).sum().item()
@@ -521,6 +534,46 @@ class SCoReTrainer(GRPOTrainer):
             self._logs["extra"][f"reward/attempt_{k}"].extend(rewards[:, k - 1].tolist())
             self._logs["extra"][f"advantage/attempt_{k}"].extend(advantages[:, k - 1].tolist())
 
+    # Evaluation
+
+    def evaluate(self, *args, **kwargs):
+        with keep_random_state():  # a run with evaluations equals one without
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        with keep_random_state():
+            return super().predict(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """TRL's, with the metrics of the rollouts in its result, under the prefix of the evaluation set."""
+        self._metrics["eval"].clear()
+        self._kl_sums = 0.0
+        rows = dataloader.dataset
+        self._uncounted = len(rows) * self.num_generations_eval if hasattr(rows, "__len__") else None
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            for name, values in self._metrics["eval"].items():
+                valid = [value for value in values if not math.isnan(value)]
+                output.metrics[f"{metric_key_prefix}_{name}"] = sum(valid) / len(valid) if valid else None
+        finally:
+            self._metrics["eval"].clear()
+        return output
+
+    def _counted(self, number: int) -> Tensor:
+        """
+        Which rollouts of all processes, (B,), are counted: all in training. In evaluation with several processes, rows from
+        the start of the data fill up the last batch, and these are not counted again.
+        """
+        last = number
+        if self._batch.mode == "eval":
+            state = self.accelerator.gradient_state
+            if self._uncounted is not None:
+                last = min(number, self._uncounted)
+                self._uncounted -= last
+            elif state.end_of_dataloader and state.remainder > 0:  # streamed data
+                last = state.remainder
+        return torch.arange(number, device=self.accelerator.device) < last
+
     # Loss
 
     def _compute_loss(self, model, inputs):
@@ -532,13 +585,20 @@ class SCoReTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        kl = weights.values.detach()
+        kl, attempt_ids = weights.values.detach(), inputs["attempt_ids"]
         mode = "train" if self.model.training else "eval"
         number = self.args.num_attempts if mode == "train" else self.args.num_attempts_eval
-        sums = [sum_per_attempt(x, inputs["attempt_ids"], number).sum(0) for x in (kl, torch.ones_like(kl))]
-        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum")
-        for k, value in enumerate((totals[0] / totals[1].clamp(min=1.0)).tolist(), start=1):
-            self._metrics[mode][f"kl_t{k}"].append(value)
+        if mode == "eval":
+            attempt_ids = torch.where(inputs["counted"].unsqueeze(1), attempt_ids, 0)
+        sums = [sum_per_attempt(each, attempt_ids, number).sum(0) for each in (kl, torch.ones_like(kl))]
+        sums = self.accelerator.reduce(torch.stack(sums), reduction="sum")  # (2, K)
+        if mode == "eval":  # over all batches of the evaluation, as its last one can be smaller
+            sums = self._kl_sums = self._kl_sums + sums
+        for k, value in enumerate((sums[0] / sums[1].clamp(min=1.0)).tolist(), start=1):
+            values = self._metrics[mode][f"kl_t{k}"]
+            if mode == "eval":
+                values.clear()
+            values.append(value)
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -600,6 +660,17 @@ class SCoReTrainer(GRPOTrainer):
         for column in ("correction_instruction", "first_attempts"):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
+
+
+@contextmanager
+def _replaced(holder: object, values: dict):
+    """Within this context an object has these attributes, and its own again afterwards."""
+    before = {name: getattr(holder, name) for name in values}
+    vars(holder).update(values)
+    try:
+        yield
+    finally:
+        vars(holder).update(before)
 
 
 class _TokenWeights:
