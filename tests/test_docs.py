@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 from dataclasses import fields
@@ -123,6 +124,27 @@ def test_configurations_of_accelerate_are_valid():
         config = load_config_from_file(str(path))
         assert (config.distributed_type, config.mixed_precision, config.use_cpu) == (kinds[name], "bf16", False)
         assert f"`{path.name}`" in (ROOT / "docs" / "distributed.md").read_text()
+
+
+def test_page_of_options_is_what_the_configuration_says():
+    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
+    make_options = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_options)
+    listed = [name for found in make_options.documented().values() for name, _ in found]
+    assert sorted(listed) == sorted(make_options.own_fields())
+    assert set(listed) >= make_options.PAPER.keys() | make_options.MEASURED.keys()
+    assert (ROOT / "docs" / "options.md").read_text() == make_options.page(), "run python docs/make_options.py"
+
+
+def test_recipes_of_schedules_run(make_arithmetic_trainer):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "algorithm.md").read_text(), re.S)[1]
+    namespace = {}
+    exec(compile(code, "algorithm.md", "exec"), namespace)
+    cycles = [namespace["two_cycles"](step, 90).number for step in range(90)]
+    assert cycles == ([1] * 10 + [2] * 35) * 2
+    trainer = make_arithmetic_trainer({"schedule": namespace["joint"]}, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["stage"] == 2
 
 
 def test_version_is_public():
