@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import create_model_from_path, get_config_model_id, pad
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .batch import Batch
 from .cache import can_reuse_cache, reused_cache
@@ -46,6 +46,7 @@ from .objective import (
     targets,
     two_stages,
 )
+from .padding import ScoredTokens, by_length, width
 from .quantization import keep_differentiable
 from .rollout import Bridge, decode_attempts, roll_out
 from .score_config import TECHNICAL_GENERATION_KWARGS, SCoReConfig
@@ -404,12 +405,8 @@ class SCoReTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:
             del self._calculate_rewards  # the class's own is back
-        output["attempt_ids"] = pad(  # (B, T)
-            [torch.tensor(ids) for ids in self._trained_ids()],
-            padding_value=0,
-            padding_side="right",
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        ).to(self.accelerator.device)
+        length = output["completion_ids"].size(1)
+        output["attempt_ids"] = _padded(self._trained_ids(), length).to(self.accelerator.device)  # (B, T)
         advantages, weights = self._targets(output, batch.reward_by_function(self.reward_weights))
         output["advantages"] = spread_to_tokens(advantages[first_row : first_row + len(inputs)], output["attempt_ids"])
         output["kl_weights"] = spread_to_tokens(weights, output["attempt_ids"])
@@ -576,7 +573,21 @@ class SCoReTrainer(GRPOTrainer):
 
     # Loss
 
+    def _prepare_inputs(self, generation_batch):
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not buffered and self._sorts_rows:
+            self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    @property
+    def _sorts_rows(self) -> bool:
+        """Whether a step's gradient is a sum over its rows, however they are divided into micro-batches."""
+        return self.loss_type != "bnpo" and self.top_entropy_quantile == 1.0 and not self.aux_loss_enabled
+
     def _compute_loss(self, model, inputs):
+        model = ScoredTokens(model, self.accelerator.unwrap_model(model), inputs["attempt_ids"] > 0)
         if self.beta == 0.0:
             return super()._compute_loss(model, inputs)
         beta, weights = self.beta, _TokenWeights(inputs["kl_weights"])
@@ -601,12 +612,43 @@ class SCoReTrainer(GRPOTrainer):
             values.append(value)
         return loss
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        """TRL's, of the tokens that count: rows of similar length together, without padding, attempts' tokens only."""
         start = time.perf_counter()
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if isinstance(model, ScoredTokens):
+            model, scored = model.model, model.scored
+        else:  # while a batch is made
+            scored = _padded(self._trained_ids(), logits_to_keep).to(input_ids.device)
+        unwrapped, found = self.accelerator.unwrap_model(model), []
+        order = attention_mask.sum(1).argsort(stable=True)
+        for rows in order.split(batch_size or len(order)):
+            mask, ids = attention_mask[rows], input_ids[rows]
+            first, end = width(mask, logits_to_keep)
+            left_out = mask.size(1) - end
+            result = super()._get_per_token_logps_and_entropies(
+                ScoredTokens(model, unwrapped, scored[rows, : logits_to_keep - left_out]),
+                ids[:, first:end],
+                mask[:, first:end],
+                logits_to_keep - left_out,
+                **kwargs,
+            )
+            found.append(
+                [
+                    each if each is None or each.dim() == 0 else nn.functional.pad(each, (0, left_out))
+                    for each in result
+                ]
+            )
+        back = order.argsort()
+        logps, entropies, aux_losses = zip(*found, strict=True)
         if self.model.training and not torch.is_grad_enabled():
             self._metrics["train"]["time/reference"].append(time.perf_counter() - start)
-        return result
+        return (
+            torch.cat(logps)[back],
+            None if entropies[0] is None else torch.cat(entropies)[back],
+            None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+        )
 
     # Saving and resuming
 
@@ -660,6 +702,11 @@ class SCoReTrainer(GRPOTrainer):
         for column in ("correction_instruction", "first_attempts"):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
+
+
+def _padded(rows: list[list[int]], width: int) -> Tensor:
+    """Rows of attempt numbers, with 0 on the right: (B, width)."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 @contextmanager

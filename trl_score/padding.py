@@ -1,0 +1,94 @@
+"""
+Only tokens that count are computed. TRL pads a batch to its longest prompt and its longest completion and never trims: of rollouts
+of very different lengths, more than half of the computed tokens can be padding. Here rows of similar length are computed together,
+each micro-batch is trimmed to its own width, and the language-model head scores the tokens of attempts alone. Loss and gradients are
+those of the padded batch, up to rounding.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class ScoredTokens:
+    """
+    A model that scores some of the tokens after the prompt: called with `labels` like a model with TRL's fused head, it returns
+    log-probabilities (and entropies) at all positions, 0 where a token is not scored. On GPUs TRL's head computes labelled
+    positions only, elsewhere all positions; here, labelled positions only, everywhere.
+
+    Args:
+        model (`Callable`):
+            The model, or what wraps it (DDP, FSDP, DeepSpeed).
+        unwrapped (`torch.nn.Module`):
+            The causal language model inside, or the adapter's model.
+        scored (`torch.Tensor` of shape `(B, T)`):
+            Whether a token after the prompt is scored.
+    """
+
+    def __init__(self, model: Callable, unwrapped: nn.Module, scored: Tensor):
+        self.model, self.unwrapped, self.scored = model, unwrapped, scored
+
+    def __call__(self, *, labels: Tensor, **inputs):
+        mask = labels[:, 1:] != -100  # (B, P + T - 1), by the position that predicts the token
+        mask[:, -self.scored.size(1) :] &= self.scored.bool()
+        if not mask.any():  # TRL's head needs a position, and the graph has to be whole
+            mask[0, -1] = True
+        targets = labels[:, 1:][mask].clamp(min=0)
+
+        def keep_scored(module, args, output):
+            output.last_hidden_state = output.last_hidden_state[:, :-1][mask].unsqueeze(0)  # (1, N, hidden)
+            return output
+
+        base = self.unwrapped.get_base_model() if hasattr(self.unwrapped, "get_base_model") else self.unwrapped
+        handle = base.base_model.register_forward_hook(keep_scored)
+        try:
+            output = self.model(**inputs, shift_labels=targets.unsqueeze(0))
+        finally:
+            handle.remove()
+        for name in ("log_probs", "entropy"):
+            values = getattr(output, name)
+            if values is not None:
+                setattr(output, name, values.new_zeros(mask.shape).masked_scatter(mask, values))
+        return output
+
+
+def width(attention_mask: Tensor, logits_to_keep: int) -> tuple[int, int]:
+    """The columns of a batch, prompts padded on the left and completions on the right, from which and up to which rows have tokens."""
+    used = attention_mask.any(0).nonzero().flatten()
+    first_completion = attention_mask.size(1) - logits_to_keep
+    return min(int(used[0]), first_completion - 1), max(int(used[-1]), first_completion) + 1
+
+
+def by_length(batches: list[dict[str, Tensor]], steps: int) -> list[dict[str, Tensor]]:
+    """
+    The rows of the micro-batches of each optimizer step, sorted by length. Which rows belong to a step stays as it was, so the
+    gradient of a step is the same sum.
+
+    Args:
+        batches (`list[dict[str, torch.Tensor]]`):
+            The micro-batches of a generation.
+        steps (`int`):
+            Micro-batches of an optimizer step.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: as many micro-batches of the same sizes.
+    """
+    group = math.gcd(len(batches), steps)  # a generation can be shorter or longer than an optimizer step
+    result = []
+    for start in range(0, len(batches), group):
+        of_step = batches[start : start + group]
+        sizes = [len(batch["prompt_ids"]) for batch in of_step]
+        rows = {
+            name: torch.cat([batch[name] for batch in of_step])
+            for name, value in of_step[0].items()
+            if isinstance(value, Tensor) and value.dim() > 0
+        }
+        length = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
+        parts = length.argsort(stable=True).split(sizes)
+        result += [
+            batch | {name: value[part] for name, value in rows.items()}
+            for batch, part in zip(of_step, parts, strict=True)
+        ]
+    return result
