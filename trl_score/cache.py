@@ -1,10 +1,9 @@
 r"""
-An attempt goes on from the key-value cache of the attempt before, so that `generate` of transformers reads of its context only
-what is new: the bridge.
+Reuses the key-value cache of the previous attempt, so that `generate` processes only the new tokens of the context (the bridge).
 
 TRL and [`~trl_score.sampling.TransformersSampler`] call `generate` once for each attempt, with whole contexts, padded on the left.
-What the cache holds is padded in another way, and behind an attempt that ended early it has entries of padding. So it is brought
-into the layout of the new call:
+The cache is padded in another way, and has entries of padding behind an attempt that ended early. So it is brought into the layout of
+the new call:
 
     in the cache    . . x x y y -             x: prompt, y: attempt 1, -: padding behind its end
                     x x x x y y y             (the last token of an attempt that was cut off is missing)
@@ -14,7 +13,7 @@ into the layout of the new call:
                     x x x x y y y
 
 The layout of the call stays as it was, and with it the positions, the attention mask, the logits processors and the random numbers.
-Only tokens that equal those of the new context, one by one from the start, are taken.
+Cached tokens are used as far as they equal the tokens of the new context.
 """
 
 import inspect
@@ -65,8 +64,8 @@ def _rope_types(config) -> set[str]:
 @contextmanager
 def reused_cache(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """
-    Within this context each `generate` of the model goes on from the cache of the one before, as far as the contexts agree. The
-    weights must not change in it. The cache is dropped at its end.
+    Within this context each `generate` of the model reuses the cache of the previous call, as far as the contexts agree. The
+    weights must not change in between. The cache is dropped at the end.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):

@@ -3,8 +3,9 @@ What an update costs beside stock GRPO on the same rows, and beside an update wi
 
     python tests/benchmarks/update.py
 
-Loss and backward of rollouts of two attempts by random models of 1M and 30M parameters, the three kinds in turn within one run,
-all attempts of the same length. Medians of the ratios of neighbouring updates, with the smallest and the largest, and the ratio of
+Loss and backward of an optimizer step on rollouts of two attempts by random models of 1M and 30M parameters, the three kinds in turn
+within one run. `--ragged` draws the lengths of the attempts from a log-normal distribution (the usual case), else all have the same
+length. Stock GRPO gets the rows as TRL makes them, padded to the longest of the generation. Medians of the ratios of neighbouring updates, with the smallest and the largest, and the ratio of
 the memory that an update takes at most beside what was there before. With one forward for each attempt the rows are `[x | y1]`
 and `[x | y1 | bridge | y2]`, and each is trained on its last attempt alone. `--help` shows the sizes.
 """
@@ -18,10 +19,11 @@ import torch
 from common import DEVICE, SIZES, columns, header, line, problems, random_ids, reward, save_model, synchronize
 from torch.profiler import ProfilerActivity, profile
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import pad
+from trl.trainer.utils import pad, split_tensor_dict
 
 from trl_score import SCoReConfig, SCoReTrainer
 from trl_score.objective import kl_weights, spread_to_tokens, stage_one
+from trl_score.padding import by_length
 from trl_score.rollout import Rollouts
 
 
@@ -61,18 +63,29 @@ def rows(contexts: list, completions: list, vocabulary: int) -> dict[str, torch.
     return inputs
 
 
+def attempt_lengths(mean: int, number: int, ragged: bool) -> list[int]:
+    """Tokens of each attempt: all the mean, or log-normal with that mean and at most five times as many."""
+    if not ragged:
+        return [mean] * number
+    sigma = 0.9
+    drawn = torch.exp(torch.randn(number) * sigma - sigma**2 / 2) * mean
+    return drawn.round().clamp(1, 5 * mean).int().tolist()
+
+
 def make_updates(ours: SCoReTrainer, stock: GRPOTrainer, length: int, args: argparse.Namespace) -> dict:
-    """For each kind of update the losses whose gradients it adds up."""
-    vocabulary = ours.model.config.vocab_size
-    prompts, bridges = (random_ids(most, args.batch, vocabulary) for most in (args.prompt, args.bridge))
-    attempts = [torch.randint(1, vocabulary - 1, (2, length)).tolist() for _ in prompts]
+    """For each kind of update the losses whose gradients it adds up, and the share of real tokens among those of the padded rows."""
+    torch.manual_seed(length)
+    vocabulary, number = ours.model.config.vocab_size, args.batch * args.micro_batches
+    prompts, bridges = (random_ids(most, number, vocabulary) for most in (args.prompt, args.bridge))
+    lengths = iter(attempt_lengths(length, 2 * number, args.ragged))
+    attempts = [[torch.randint(1, vocabulary - 1, (next(lengths),)).tolist() for _ in range(2)] for _ in prompts]
     rollouts = Rollouts(prompts, attempts, [[bridge] for bridge in bridges])
 
     inputs = rows(prompts, rollouts.completion_ids, vocabulary)
     ids = [torch.tensor(each, device=DEVICE) for each in rollouts.attempt_ids]
     ids = pad(ids, padding_value=0, padding_side="right")
     inputs["tool_mask"] = (ids > 0).long()
-    advantages = torch.randn(args.batch, 2, device=DEVICE)
+    advantages = torch.randn(number, 2, device=DEVICE)
     weights = kl_weights(stage_one(2), beta=0.01, stage1_beta=0.1, num_attempts=2).to(DEVICE)
     of_attempts = {
         "attempt_ids": ids,
@@ -80,12 +93,22 @@ def make_updates(ours: SCoReTrainer, stock: GRPOTrainer, length: int, args: argp
         "kl_weights": spread_to_tokens(weights, ids),
     }
     apart = [rows(rollouts.context_ids(k), [row[k - 1] for row in attempts], vocabulary) for k in (1, 2)]
+    split = partial(split_tensor_dict, num_chunks=args.micro_batches)
     loss = partial(stock._compute_loss, stock.model)
-    return {
-        "ours": (ours, [partial(ours._compute_loss, ours.model, inputs | of_attempts)]),
-        "stock": (stock, [partial(loss, inputs | {"advantages": advantages[:, 1]})]),
-        "apart": (stock, [partial(loss, each | {"advantages": advantages[:, k]}) for k, each in enumerate(apart)]),
+    micro_batches = {
+        "ours": [
+            partial(ours._compute_loss, ours.model, x)
+            for x in by_length(split(inputs | of_attempts), args.micro_batches)
+        ],
+        "stock": [partial(loss, x) for x in split(inputs | {"advantages": advantages[:, 1]})],
+        "apart": [
+            partial(loss, x) for k, each in enumerate(apart) for x in split(each | {"advantages": advantages[:, k]})
+        ],
     }
+    masks = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    return {
+        kind: (stock if kind != "ours" else ours, losses) for kind, losses in micro_batches.items()
+    }, masks.float().mean().item()
 
 
 def seconds(trainer: GRPOTrainer, losses: list) -> float:
@@ -119,7 +142,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024], help="Tokens of an attempt.")
     parser.add_argument("--prompt", type=int, default=128, help="Tokens of the longest prompt.")
     parser.add_argument("--bridge", type=int, default=48, help="Tokens of the longest bridge.")
-    parser.add_argument("--batch", type=int, default=4, help="Rollouts in an update.")
+    parser.add_argument("--batch", type=int, default=4, help="Rollouts in a micro-batch.")
+    parser.add_argument("--micro_batches", type=int, default=4, help="Micro-batches in an optimizer step.")
+    parser.add_argument(
+        "--ragged", action="store_true", help="Attempts of log-normal length, --lengths being the means."
+    )
     parser.add_argument("--repeats", type=int, default=7, help="Updates of each kind.")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args()
@@ -131,19 +158,19 @@ def main() -> None:
             stock = make_trainer(GRPOTrainer, GRPOConfig, folder, args)
         header(
             parameters,
-            f"{args.batch} rollouts of 2 attempts, prompts of {args.prompt // 2} to {args.prompt} tokens, bridges of "
+            f"{args.micro_batches} x {args.batch} rollouts of 2 attempts, prompts of {args.prompt // 2} to {args.prompt} tokens, bridges of "
             f"{args.bridge // 2} to {args.bridge}",
         )
         columns("ratios")
         for length in args.lengths:
-            updates = make_updates(ours, stock, length, args)
+            updates, real = make_updates(ours, stock, length, args)
             for update in updates.values():
                 seconds(*update)
             found = []
             for repeat in range(args.repeats):
                 order = list(updates) if repeat % 2 else list(updates)[::-1]
                 found.append({kind: seconds(*updates[kind]) for kind in order})
-            what = f"{length:,} tokens: "
+            what = f"{length:,} tokens, {real:.0%} of the padded rows: "
             line(f"{what}time, ours / stock", [each["ours"] / each["stock"] for each in found])
             line(f"{what}time, ours / a forward for each attempt", [each["ours"] / each["apart"] for each in found])
             peaks = {kind: peak_bytes(*updates[kind]) for kind in ("ours", "stock")}
