@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trl_score.evaluation import Store
+from trl_score.records import Store, SUMMARY
 from trl_score.report import find, write_report
 
 

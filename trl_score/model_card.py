@@ -1,5 +1,6 @@
 """The card of a trained model: TRL's, with how SCoRe trained it, what was measured, and how to use it as trained."""
 
+import functools
 import json
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from jinja2 import Template
 
 from ._version import __version__
-from .metrics import bootstrap_intervals, label
+from .metrics import bootstrap_intervals, label, metric
 from .objective import resolve_stage1_steps
 
 
@@ -25,11 +26,11 @@ OPTIONS = (  # shown where not the default
 )
 
 
-def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str, tuple[float, float, float]]:
+def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str, dict[str, float]]:
     """
-    The metrics of an evaluation by the trainer, in percent: value, and the limits of a 95 % bootstrap interval over
-    problems. With one greedy rollout per problem the shares of right attempts, of i→c and of c→i are all that the bootstrap
-    needs: it is over as many problems with these verdicts.
+    The metrics of an evaluation by the trainer: `value`, and with the number of problems `low` and `high`, the limits of a 95 %
+    bootstrap interval over problems. With one greedy rollout per problem the shares of right attempts, of i→c and of c→i are
+    all that the bootstrap needs: it is over as many problems with these verdicts.
 
     Args:
         log (`dict`):
@@ -37,23 +38,30 @@ def measured(log: dict, num_attempts: int, num_problems: int | None) -> dict[str
         num_attempts (`int`):
             Attempts in a rollout.
         num_problems (`int`, *optional*):
-            Problems with one rollout each; without it, the limits are NaN.
+            Problems with one rollout each; without it, there are no limits.
     """
     names = [f"accuracy_t{k + 1}" for k in range(num_attempts)]
     found = {}
     for name in [*names, f"delta_t1_t{num_attempts}", "delta_i_to_c", "delta_c_to_i"]:
-        value, limits = log[f"eval_{name}"], (np.nan, np.nan)
+        found[name] = {"value": log[f"eval_{name}"]}
         if num_problems:
+            both = "delta_i_to_c", "delta_c_to_i"
             shares = (
-                (log["eval_delta_i_to_c"], log["eval_delta_c_to_i"]) if name.startswith("delta_t") else (value, 0.0)
+                [log[f"eval_{each}"] for each in both] if name.startswith("delta_t") else [log[f"eval_{name}"], 0.0]
             )
-            up, down = (round(share * num_problems) for share in shares)
-            limits = bootstrap_intervals(np.repeat([1.0, -1.0, 0.0], [up, down, num_problems - up - down]))
-        found[name] = (100 * value, 100 * limits[0], 100 * limits[1])
+            low, high = _limits(*(round(share * num_problems) for share in shares), num_problems)
+            found[name] |= {"low": low, "high": high}
     return found
 
 
-def evaluations_of(trainer: "SCoReTrainer") -> dict[int, dict[str, tuple[float, float, float]]]:
+@functools.cache
+def _limits(up: int, down: int, number: int) -> tuple[float, float]:
+    """Of the mean of so many 1, -1 and 0. The card of each checkpoint has the evaluations before it again."""
+    low, high = bootstrap_intervals(np.repeat([1.0, -1.0, 0.0], [up, down, number - up - down]))
+    return float(low), float(high)
+
+
+def evaluations_of(trainer: "SCoReTrainer") -> dict[int, dict[str, dict[str, float]]]:
     """By optimizer step, what the trainer measured on its evaluation data; an evaluation without verdicts is left out."""
     config, rows = trainer.args, trainer.eval_dataset
     one_each = config.num_generations_eval == 1 and hasattr(rows, "__len__") and not isinstance(rows, dict)
@@ -67,10 +75,6 @@ def evaluations_of(trainer: "SCoReTrainer") -> dict[int, dict[str, tuple[float, 
         for log in trainer.state.log_history
         if all(log.get(name) is not None for name in needed)
     }
-
-
-def _cell(value: float, low: float, high: float) -> str:
-    return f"{value:.1f}" if np.isnan(low) else f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
@@ -91,7 +95,9 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     if evaluations:
         names = list(next(iter(evaluations.values())))
         rows = [["optimizer steps", *map(label, names)], ["---:"] * (len(names) + 1)]
-        rows += [[str(step), *(_cell(*found[name]) for name in names)] for step, found in evaluations.items()]
+        rows += [
+            [str(step), *(metric(name).cell(found[name]) for name in names)] for step, found in evaluations.items()
+        ]
     chat = isinstance(next(iter(trainer.train_dataset))["prompt"], list)
     template = Template(
         resources.files("trl_score").joinpath("templates/score_model_card.md").read_text("utf-8"),
@@ -136,7 +142,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
                 dataset_name=trainer.eval_task,
                 metric_type="accuracy",
                 metric_name=label(f"accuracy_t{k + 1}"),
-                metric_value=round(last[f"accuracy_t{k + 1}"][0] / 100, 4),
+                metric_value=round(last[f"accuracy_t{k + 1}"]["value"], 4),
             )
             for k in range(config.num_attempts_eval)
         ]
