@@ -17,18 +17,20 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from .cli import as_dict
 from .collection import collect
 from .evaluation import evaluate_self_correction, table
-from .fingerprints import of_checkpoint
+from .fingerprints import fingerprint, of_rows
 from .records import differences, disconnect, processes, strict_json
-from .rollout import Bridge, Rollouts, load_rollout_settings, save_rollout_settings, tokenize_prompt
+from .rollout import Bridge, Rollouts, save_rollout_settings, tokenize_prompt
+from .sampling import checkpoint_identity, load_rendering
 from .tasks import TASKS, Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
+from .tasks.base import first
 from .training import TaskArguments, init_kwargs, load_tasks
 
 
@@ -306,14 +308,13 @@ def run_baseline(
             "fine-tune the model itself."
         )
     output_dir, base = Path(args.output_dir), model_args.model_name_or_path
-    rendering = arguments.chat_template_kwargs
-    if rendering is None:
-        where = {} if model_args.model_revision in (None, "main") else {"revision": model_args.model_revision}
-        rendering = load_rollout_settings(base, **where).get("chat_template_kwargs", {})
+    how = loading(model_args, args, arguments.backend)
+    tokenizer, rendering = load_rendering(base, None, arguments.chat_template_kwargs, **how)
     sft = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
     settings = {
         "model": base,
-        "weights": of_checkpoint(base, revision=model_args.model_revision),
+        **checkpoint_identity(base, **how),
+        "data": fingerprint(of_rows(first(task.load("train"), arguments.num_train_problems))),
         **asdict(replace(arguments, chat_template_kwargs=rendering)),
         **{name: getattr(args, name) for name in sft},
     }
@@ -321,8 +322,6 @@ def run_baseline(
     for name in ("eval_task", "num_eval_problems", "data_dir", "sampling_batch_size"):
         del settings[name]
     result = resume(output_dir / RESULT, settings)
-    code = {"trust_remote_code": True} if model_args.trust_remote_code else {}
-    tokenizer = AutoTokenizer.from_pretrained(base, revision=model_args.model_revision, **code)
     instruction = arguments.correction_instruction or task.correction_instruction
     options = {"plus": arguments.plus, "learn": arguments.learn, "max_per_problem": arguments.max_per_problem}
     for iteration in range(len(result["iterations"]) + 1, arguments.num_iterations + 1):
@@ -342,7 +341,7 @@ def run_baseline(
             seed=args.seed + iteration,
             backend=arguments.backend,
             tokenizer=tokenizer,
-            **loading(model_args, is_base=iteration == 1),
+            **how,
         )
         check_held_out(rollouts, held_out)
         if arguments.method == "star":
@@ -376,16 +375,14 @@ def resume(file: Path, settings: dict) -> dict:
     return result
 
 
-def loading(model_args: ModelConfig, is_base: bool) -> dict:
-    """Arguments of `from_pretrained` for sampling; the revision is the base model's."""
+def loading(model_args: ModelConfig, args: SFTConfig, backend: str) -> dict:
+    """What models are loaded with for sampling. Of an adapter, the revision is its base model's; a folder has none."""
     quantization = get_quantization_config(model_args)
-    return {
-        "dtype": model_args.dtype,
-        **({"revision": model_args.model_revision} if is_base else {}),
-        **({"trust_remote_code": True} if model_args.trust_remote_code else {}),
-        **({"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}),
-        **({} if quantization is None else {"quantization_config": quantization}),
-    }
+    found = {"dtype": model_args.dtype, "revision": model_args.model_revision, "quantization_config": quantization}
+    found["trust_remote_code"] = args.trust_remote_code or None
+    if backend == "transformers":
+        found["attn_implementation"] = model_args.attn_implementation
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def check_held_out(rollouts: list[dict], held_out: Dataset | None) -> None:
@@ -461,7 +458,7 @@ def main() -> None:
                         limit=arguments.num_eval_problems,
                         backend=arguments.backend,
                         output_dir=Path(args.output_dir) / folder,
-                        **loading(model_args, is_base=folder == "evaluation-base"),
+                        **loading(model_args, args, arguments.backend),
                     )
                 )
     except (OSError, ValueError, RuntimeError) as error:

@@ -186,7 +186,7 @@ class TransformersSampler(TokenSampler):
         if isinstance(model, str):
             self.name = model
             check_dtype(kwargs)
-            tokenizer, chat_template_kwargs = _rendering(model, tokenizer, chat_template_kwargs, **kwargs)
+            tokenizer, chat_template_kwargs = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
             kwargs.setdefault("device_map", self._device_map())
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         else:
@@ -198,7 +198,7 @@ class TransformersSampler(TokenSampler):
                 )
             commit = getattr(model.config, "_commit_hash", None)
             revision = {} if commit is None else {"revision": commit}
-            tokenizer, chat_template_kwargs = _rendering(
+            tokenizer, chat_template_kwargs = load_rendering(
                 self.name, tokenizer, chat_template_kwargs, **revision, **kwargs
             )
         self.model = model
@@ -287,12 +287,12 @@ class VLLMSampler(TokenSampler):
         except ImportError as error:
             raise ImportError("`backend='vllm'` needs vLLM: pip install 'trl-score[vllm]'.") from error
         check_dtype(kwargs)
-        rendering = _rendering(model, tokenizer, chat_template_kwargs, **kwargs)
+        rendering = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
         self._set_tokenizer(*rendering, _generation_config(model, **kwargs))
         self.sampling_params, self.llm = SamplingParams, LLM(model=model, **kwargs)
 
     def identity(self) -> dict:
-        return super().identity() | _loaded(self.name, self.kwargs)
+        return super().identity() | checkpoint_identity(self.name, **self.kwargs)
 
     def generate(self, contexts: list[list[int]], decoding: Decoding, seed: int) -> list[list[int]]:
         params = [
@@ -444,8 +444,8 @@ def open_model(
     else:
         check_dtype(kwargs)
         try:
-            shared |= _loaded(model, kwargs)
-            tokenizer, chat_template_kwargs = _rendering(model, tokenizer, chat_template_kwargs, **kwargs)
+            shared |= checkpoint_identity(model, **kwargs)
+            tokenizer, chat_template_kwargs = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
         except OSError as error:
             raise OSError(
                 f"The model '{model}' is not available: {str(error).splitlines()[0]} Give a folder or a Hub id."
@@ -459,7 +459,7 @@ def open_model(
     return shared, cache(partial(kind, model, **kwargs))
 
 
-def _rendering(
+def load_rendering(
     name: str, tokenizer: PreTrainedTokenizerBase | None, chat_template_kwargs: dict | None, **kwargs
 ) -> tuple[PreTrainedTokenizerBase, dict]:
     """A model's tokenizer, and the arguments of its chat template: the given ones, else those that belong to the model."""
@@ -485,7 +485,8 @@ def _generation_config(name: str, **kwargs) -> GenerationConfig | None:
             return None
 
 
-def _loaded(name: str, kwargs: dict) -> dict:
+def checkpoint_identity(name: str, **kwargs) -> dict:
+    """Of a model that is not loaded: `weights`, `dtype` and `quantization`, for the results."""
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
     return {
         "weights": fingerprints.of_checkpoint(name, **kwargs),
