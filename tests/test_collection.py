@@ -84,7 +84,7 @@ def test_an_interrupted_collection_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"temperature": 0.0}, "above 0 for more than one sample"),
+        ({"temperature": 0.0}, "greedy decoding gives the same rollout every time"),
         ({"num_attempts": 0}, "`num_attempts=0`"),
         ({"backend": "x"}, "Unknown backend 'x'"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_score import evaluate_self_correction
-from trl_score.evaluation import load_evaluation, summarize
+from trl_score.evaluation import Evaluation, load_evaluation, summarize, table
 from trl_score.metrics import bootstrap_intervals, mcnemar
 from trl_score.sampling import Decoding, EndpointSampler, TransformersSampler, VLLMSampler
 from trl_score.sandbox import Sandbox
@@ -68,7 +69,8 @@ def test_samples_differ_and_repeat_with_their_seed():
     one = evaluate_self_correction(BASE, "arithmetic", **SAMPLED)
     assert one.rollouts == evaluate_self_correction(BASE, "arithmetic", **SAMPLED).rollouts
     assert one.rollouts != evaluate_self_correction(BASE, "arithmetic", **SAMPLED, seed=1).rollouts
-    assert len(one.rollouts) == 80 and one.rollouts[0]["attempts"] != one.rollouts[1]["attempts"]
+    samples = [[row["attempts"] for row in one.rollouts if row["sample"] == k] for k in (0, 1)]
+    assert len(one.rollouts) == 80 and samples[0] != samples[1]
     assert one.summary["mcnemar_p"] is None and "40 x 2" in str(one) and "temperature 1" in str(one)
 
 
@@ -216,6 +218,32 @@ def test_samples_of_a_problem_are_averaged_before_problems_are():
     assert summarize(rows)["metrics"]["accuracy_t2"]["value"] == 0.5
 
 
+def test_what_has_no_value_is_none_and_an_empty_cell(tmp_path):
+    """All right from the start, so there is nothing to correct; nothing graded at all; a reward that is no number."""
+    summary = summarize([rollout(i, [True, i > 0]) for i in range(3)])
+    assert summary["metrics"]["correction_rate"] == {"value": None, "low": None, "high": None}
+    text = table([Evaluation({"model": "m", "temperature": 0, "top_p": 1, "max_completion_length": 8}, [], summary)])
+    assert "| corrected, of the wrong ones |  |" in text and "nan" not in text.lower()
+    assert "| edit-distance ratio | 0.50 [0.50, 0.50] |" in text and "Percent" in text and "95 %" in text
+    assert "| Δ(i→c) | 0.0 [0.0, 0.0] |" in text
+
+    class Odd(Arithmetic):
+        def reward(self, completions, **kwargs):
+            return [float("nan")] * len(completions)
+
+    evaluation = evaluate_self_correction(BASE, Odd(), **SETTINGS | {"limit": 4}, output_dir=tmp_path)
+    assert evaluation.rollouts[0]["rewards"] == [None, None] and evaluation.summary["num_ungraded"] == 4
+    for file in tmp_path.iterdir():
+        for line in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
+            json.loads(line, parse_constant=pytest.fail)  # NaN, Infinity
+
+
+def test_a_single_attempt_has_its_own_metrics():
+    summary = summarize([rollout(i, [i > 0]) for i in range(4)])
+    assert list(summary["metrics"]) == ["accuracy_t1", "truncated_t1", "num_tokens_t1"]
+    assert summary["metrics"]["accuracy_t1"]["value"] == 0.75
+
+
 def test_intervals_cover_and_pair():
     rng = np.random.default_rng(0)
     covered = 0
@@ -251,6 +279,14 @@ def test_metric_loads_offline_and_adds_batches(tmp_path):
     assert found["accuracy_t2"] == 0.75 and found["correction_rate"] == 1.0 and found["num_rollouts"] == 4
     with pytest.raises(ValueError, match="same number of attempts"):
         metric.compute(predictions=[[1, 0], [1, 0, 1]])
+
+
+def test_metric_computes_in_double_precision(tmp_path):
+    metric = hf_evaluate.load(METRIC, cache_dir=str(tmp_path))
+    found = metric.compute(predictions=[[0.1, 0.7], [0.2, 0.6], [0.7, 0.1]])
+    assert found["accuracy_t1"] == np.mean([0.1, 0.2, 0.7]) and found["delta_i_to_c"] == pytest.approx(
+        1 / 3, abs=1e-15
+    )
 
 
 def test_metric_gathers_over_processes(tmp_path):
@@ -294,6 +330,74 @@ def test_vllm_gets_tokens_and_gives_tokens(monkeypatch):
     ]
     assert {"temperature": 0.0, "top_p": 1.0, "max_tokens": 8}.items() <= asked[0][0].items()
     assert len({params["seed"] for batch in asked for params in batch}) == sum(map(len, asked))
+
+
+def test_vllm_ends_and_decodes_as_transformers_does(monkeypatch, tmp_path):
+    """
+    Its parameters are built from nothing, with the end tokens of the checkpoint. An attempt that vLLM ended at another token is
+    not cut off either (r15: 14), one at the limit is.
+    """
+    shutil.copytree(BASE_MODEL_PATH, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [17, 5], "repetition_penalty": 1.5}))
+    asked, loaded = [], []
+
+    class LLM:
+        def __init__(self, model, **kwargs):
+            loaded.append(kwargs)
+
+        def generate(self, prompts, params, use_tqdm):
+            asked.extend(params)
+            ends = [([3, 4, 14], "stop"), ([3, 5], "stop"), ([3] * 8, "length"), ([3, 17], "stop")]
+            return [
+                types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=ids, finish_reason=reason)])
+                for ids, reason in (ends[i % 4] for i in range(len(prompts)))
+            ]
+
+    module = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **kwargs: kwargs)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    settings = {"backend": "vllm", "revision": "main", "trust_remote_code": True, "temperature": 0.7, "limit": 8}
+    found = evaluate_self_correction(
+        str(tmp_path / "model"), "arithmetic", **SETTINGS | settings, output_dir=tmp_path / "results"
+    )
+    assert loaded == [{"revision": "main", "trust_remote_code": True}]
+    assert found.summary["metrics"]["truncated_t1"]["value"] == 0.25
+    assert {name for params in asked for name in params} == {
+        *("temperature", "top_p", "max_tokens", "stop_token_ids", "seed"),
+    }
+    assert asked[0]["stop_token_ids"] == [5, 17]
+    scale = json.loads(file.read_text()) | {"eos_token_id": 17}
+    file.write_text(json.dumps(scale))
+    with pytest.raises(ValueError, match="weights"):
+        evaluate_self_correction(
+            str(tmp_path / "model"), "arithmetic", **SETTINGS | settings, output_dir=tmp_path / "results"
+        )
+
+
+def test_an_endpoint_is_told_how_to_decode(tmp_path):
+    """What every server takes; more by `extra_body`. Both are in the settings."""
+    heard = []
+
+    def chat_completion(messages, **kwargs):
+        heard.append(kwargs)
+        choice = types.SimpleNamespace(message=types.SimpleNamespace(content="1"), finish_reason="stop")
+        return types.SimpleNamespace(choices=[choice])
+
+    body = {"repetition_penalty": 1.0, "top_k": -1}
+    sampler = EndpointSampler("m", base_url="http://127.0.0.1:9/v1", extra_body=body, chat_template_kwargs={"x": 1})
+    sampler.client = types.SimpleNamespace(chat_completion=chat_completion)
+    evaluation = evaluate_self_correction(sampler, "arithmetic", **SETTINGS | {"limit": 2}, output_dir=tmp_path)
+    asked = heard[0]
+    assert (asked["temperature"], asked["top_p"], asked["max_tokens"], asked["frequency_penalty"]) == (
+        0.0,
+        1.0,
+        8,
+        0.0,
+    )
+    assert asked["extra_body"] == {**body, "chat_template_kwargs": {"x": 1}} and 0 <= asked["seed"] < 2**31
+    assert evaluation.settings["extra_body"] == body and evaluation.settings["chat_template_kwargs"] == {"x": 1}
+    assert evaluation.settings["decoding"] == "what the server adds"
+    assert evaluation.settings["weights"] == "http://127.0.0.1:9/v1"
 
 
 def test_vllm_that_is_missing_is_named(monkeypatch):

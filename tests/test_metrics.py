@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trl_score.metrics import attempt_changes, edit_distance_ratio, self_correction_values
+from trl_score.metrics import attempt_changes, edit_distance_ratio, metric, self_correction_values
 
 
 NAN = float("nan")
@@ -52,3 +52,30 @@ def test_changes_are_averaged_over_the_neighbours():
     """Pairs of the second rollout: equal (0), then one of 2 + 2 tokens changed (1/4)."""
     changes = attempt_changes([[[1, 2], [1, 2], [1, 2]], [[1, 2], [1, 2], [1, 3]]])
     torch.testing.assert_close(changes, torch.tensor([[0.0, 0.0], [0.125, 0.5]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "cell"),
+    [
+        ("accuracy_t1", "Accuracy@t1", "50.0 [25.0, 75.0]"),
+        ("delta_t1_t2", "Δ(t1,t2)", "50.0 [25.0, 75.0]"),
+        ("delta_i_to_c", "Δ(i→c)", "50.0 [25.0, 75.0]"),
+        ("delta_c_to_i", "Δ(c→i)", "50.0 [25.0, 75.0]"),
+        ("truncated_t2", "cut off @t2", "50.0 [25.0, 75.0]"),
+        ("correction_rate", "corrected, of the wrong ones", "50.0 [25.0, 75.0]"),
+        ("changed_answers", "changed answers", "50.0 [25.0, 75.0]"),
+        ("edit_distance_ratio", "edit-distance ratio", "0.50 [0.25, 0.75]"),
+    ],
+)
+def test_a_metric_is_shown_in_its_unit(name, label, cell):
+    found = {"value": 0.5, "low": 0.25, "high": 0.75}
+    assert (metric(name).label, metric(name).cell(found)) == (label, cell)
+
+
+def test_cells_without_a_value_or_without_limits():
+    assert metric("num_tokens_t2").cell({"value": 12.4, "low": 10.0, "high": 13.6}) == "12 [10, 14]"
+    assert metric("num_tokens_t2").label == "tokens @t2"
+    shown = metric("accuracy_t1")
+    assert shown.cell(None) == shown.cell(NAN) == shown.cell({"value": None, "low": None, "high": None}) == ""
+    assert shown.cell(0.5) == shown.cell({"value": 0.5, "low": NAN, "high": NAN}) == "50.0"
+    assert shown.cell(-0.0001) == shown.cell(-0.0) == "0.0"

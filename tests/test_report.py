@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trl_score.evaluation import Store
+from trl_score.records import Store
 from trl_score.report import find, write_report
 
 
@@ -23,7 +23,7 @@ def save_evaluation(folder, model, verdicts, texts=None, **more):
         "model": model, "task": "arithmetic", "split": "test", "temperature": 0.0, "top_p": 1.0, "num_attempts": 2,
         "num_samples": 1, "max_completion_length": 8, **more,
     }  # fmt: skip
-    store = Store(folder, settings)
+    store = Store(folder, settings | {"weights": "1"}, [str(i) for i in range(len(verdicts))])
     store.add(
         [
             {
@@ -36,7 +36,7 @@ def save_evaluation(folder, model, verdicts, texts=None, **more):
             for i, row in enumerate(verdicts)
         ]
     )  # fmt: skip
-    store.finish()
+    store.all_rollouts()
 
 
 def save_run(folder, steps=20):

@@ -17,15 +17,20 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from .cli import as_dict
 from .collection import collect
-from .evaluation import disconnect, evaluate_self_correction, processes, table
-from .rollout import Bridge, Rollouts, tokenize_prompt
+from .evaluation import evaluate_self_correction, table
+from .fingerprints import fingerprint, of_rows
+from .records import differences, disconnect, processes, strict_json
+from .rollout import Bridge, Rollouts, save_rollout_settings, tokenize_prompt
+from .sampling import checkpoint_identity, load_rendering
 from .tasks import TASKS, Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
+from .tasks.base import first
 from .training import TaskArguments, init_kwargs, load_tasks
 
 
@@ -141,7 +146,12 @@ def as_dataset(traces: list[dict], number: int, what: str) -> Dataset:
     return Dataset.from_list(traces)
 
 
-def tokenized(traces: Dataset, tokenizer: PreTrainedTokenizerBase, correction_instruction: str) -> Dataset:
+def tokenized(
+    traces: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    correction_instruction: str,
+    chat_template_kwargs: dict | None = None,
+) -> Dataset:
     """
     Traces as `SFTTrainer` takes them: the tokens of [`~trl_score.rollout`], with the loss on the attempts to learn alone.
 
@@ -152,11 +162,13 @@ def tokenized(traces: Dataset, tokenizer: PreTrainedTokenizerBase, correction_in
             The one that the attempts were sampled with.
         correction_instruction (`str`):
             The user's turn between the attempts.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template, as for the sampling.
 
     Returns:
         [`~datasets.Dataset`] with the columns `input_ids` and `labels` (-100 where there is no loss).
     """
-    bridge = Bridge(tokenizer)
+    bridge = Bridge(tokenizer, chat_template_kwargs)
 
     def convert(rows: dict) -> dict:
         prompts, attempts = rows["prompt"], rows["attempts"]
@@ -165,7 +177,7 @@ def tokenized(traces: Dataset, tokenizer: PreTrainedTokenizerBase, correction_in
             instructions = [correction_instruction] * len(prompts)
             between.append(bridge(prompts, instructions, k, [row[k - 1] for row in attempts]))
         rollouts = Rollouts(
-            [tokenize_prompt(tokenizer, prompt) for prompt in prompts],
+            [tokenize_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts],
             attempts,
             [list(row) for row in zip(*between, strict=True)],
         )
@@ -209,7 +221,9 @@ class BaselineArguments(TaskArguments):
         backend (`str`, *optional*, defaults to `"transformers"`):
             Where attempts come from: `"transformers"` or `"vllm"`.
         correction_instruction (`str`, *optional*):
-            Instead of the task's.
+            The user's turn between the attempts, if not the task's.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template; by default, those the base model was trained with.
     """
 
     method: str = field(
@@ -237,9 +251,15 @@ class BaselineArguments(TaskArguments):
         default="transformers",
         metadata={"help": "Where attempts come from.", "choices": ["transformers", "vllm"]},
     )
-    correction_instruction: str | None = field(default=None, metadata={"help": "Instead of the task's."})
+    correction_instruction: str | None = field(
+        default=None, metadata={"help": "The user's turn between the attempts, if not the task's."}
+    )
+    chat_template_kwargs: str | dict | None = field(
+        default=None, metadata={"help": "Further arguments of the chat template as JSON."}
+    )
 
     def __post_init__(self):
+        self.chat_template_kwargs = as_dict(self.chat_template_kwargs, "chat_template_kwargs")
         if self.method not in ITERATIONS:
             raise ValueError(f"Unknown method {self.method!r}. Expected one of: {sorted(ITERATIONS)}.")
         self.num_iterations = ITERATIONS[self.method] if self.num_iterations is None else self.num_iterations
@@ -288,12 +308,20 @@ def run_baseline(
             "fine-tune the model itself."
         )
     output_dir, base = Path(args.output_dir), model_args.model_name_or_path
+    how = loading(model_args, args, arguments.backend)
+    tokenizer, rendering = load_rendering(base, None, arguments.chat_template_kwargs, **how)
     sft = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
-    settings = {"model": base, **asdict(arguments), **{name: getattr(args, name) for name in sft}}
-    for name in ("eval_task", "num_eval_problems", "data_dir"):  # nothing that is trained depends on them
+    settings = {
+        "model": base,
+        **checkpoint_identity(base, **how),
+        "data": fingerprint(of_rows(first(task.load("train"), arguments.num_train_problems))),
+        **asdict(replace(arguments, chat_template_kwargs=rendering)),
+        **{name: getattr(args, name) for name in sft},
+    }
+    # Nothing that is trained depends on these.
+    for name in ("eval_task", "num_eval_problems", "data_dir", "sampling_batch_size"):
         del settings[name]
     result = resume(output_dir / RESULT, settings)
-    tokenizer = AutoTokenizer.from_pretrained(base, revision=model_args.model_revision)
     instruction = arguments.correction_instruction or task.correction_instruction
     options = {"plus": arguments.plus, "learn": arguments.learn, "max_per_problem": arguments.max_per_problem}
     for iteration in range(len(result["iterations"]) + 1, arguments.num_iterations + 1):
@@ -307,12 +335,13 @@ def run_baseline(
             temperature=arguments.temperature,
             max_completion_length=arguments.max_completion_length,
             correction_instruction=instruction,
+            chat_template_kwargs=rendering,
             batch_size=arguments.sampling_batch_size,
             limit=arguments.num_train_problems,
             seed=args.seed + iteration,
             backend=arguments.backend,
             tokenizer=tokenizer,
-            **loading(model_args, is_base=iteration == 1),
+            **how,
         )
         check_held_out(rollouts, held_out)
         if arguments.method == "star":
@@ -320,17 +349,19 @@ def run_baseline(
         else:
             traces = pair_traces(rollouts, **options, seed=args.seed)
         folder = output_dir if iteration == arguments.num_iterations else output_dir / f"iteration-{iteration}"
-        dataset = tokenized(traces, tokenizer, instruction)
+        dataset = tokenized(traces, tokenizer, instruction, rendering)
         entry = {
             "rollouts": len(rollouts),
             **{kind: traces["kind"].count(kind) for kind in ("i_to_c", "c_to_c")},
             "steps": fine_tune(base, dataset, replace(args, output_dir=str(folder)), model_args),
             "seconds": round(time.time() - start, 1),
         }
+        if processes().is_main_process:
+            save_rollout_settings(folder, chat_template_kwargs=rendering, correction_instruction=instruction)
         result["iterations"].append(entry)
         result["attempts_sampled"] += len(rollouts) * SAMPLES_OF_ROLLOUT[arguments.method]
         if processes().is_main_process:
-            (output_dir / RESULT).write_text(json.dumps(result, indent=2), "utf-8")
+            (output_dir / RESULT).write_text(strict_json(result), "utf-8")
     return result
 
 
@@ -339,23 +370,19 @@ def resume(file: Path, settings: dict) -> dict:
     if not file.exists():
         return {"settings": settings, "iterations": [], "attempts_sampled": 0}
     result = json.loads(file.read_text("utf-8"))
-    different = [name for name in settings if result["settings"].get(name) != settings[name]]
-    if different:
-        changes = ", ".join(
-            f"{name} {result['settings'].get(name)!r} instead of {settings[name]!r}" for name in different
-        )
+    if changes := differences(result["settings"], settings):
         raise ValueError(f"`output_dir={str(file.parent)!r}` holds another baseline: {changes}. Take another folder.")
     return result
 
 
-def loading(model_args: ModelConfig, is_base: bool) -> dict:
-    """Arguments of `from_pretrained` for sampling; the revision is the base model's."""
+def loading(model_args: ModelConfig, args: SFTConfig, backend: str) -> dict:
+    """What models are loaded with for sampling. Of an adapter, the revision is its base model's; a folder has none."""
     quantization = get_quantization_config(model_args)
-    return {
-        "dtype": model_args.dtype,
-        **({"revision": model_args.model_revision} if is_base else {}),
-        **({} if quantization is None else {"quantization_config": quantization}),
-    }
+    found = {"dtype": model_args.dtype, "revision": model_args.model_revision, "quantization_config": quantization}
+    found["trust_remote_code"] = args.trust_remote_code or None
+    if backend == "transformers":
+        found["attn_implementation"] = model_args.attn_implementation
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def check_held_out(rollouts: list[dict], held_out: Dataset | None) -> None:
@@ -426,11 +453,12 @@ def main() -> None:
                         eval_task,
                         max_completion_length=arguments.max_completion_length,
                         correction_instruction=arguments.correction_instruction,
+                        chat_template_kwargs=arguments.chat_template_kwargs,
                         batch_size=arguments.sampling_batch_size,
                         limit=arguments.num_eval_problems,
                         backend=arguments.backend,
                         output_dir=Path(args.output_dir) / folder,
-                        **loading(model_args, is_base=folder == "evaluation-base"),
+                        **loading(model_args, args, arguments.backend),
                     )
                 )
     except (OSError, ValueError, RuntimeError) as error:

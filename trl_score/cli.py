@@ -7,6 +7,7 @@ Each command parses its arguments, calls one function and prints what it returns
 
 import argparse
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -30,34 +31,58 @@ class SampleArguments:
     """What `evaluate`, `scale` and `collect` share: the arguments of [`~trl_score.evaluation.evaluate_self_correction`]."""
 
     model: str | None = field(default=None, metadata={"help": "Hub id or folder of a model or an adapter."})
-    task: str | None = field(default=None, metadata={"help": "Task: its name."})
+    task: str | None = field(default=None, metadata={"help": "Name of the task."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the results. One started with the same settings is finished."}
+        default=None, metadata={"help": "Folder for the results. Rollouts of the same settings in it are reused."}
     )
-    split: str = field(default="test", metadata={"help": "Which problems."})
+    split: str = field(default="test", metadata={"help": "Split of the task that the problems are from."})
     data_dir: str | None = field(
         default=None, metadata={"help": "Folder with the task's rows as JSON lines. By default, from the Hub."}
     )
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the most likely tokens whose probabilities add up to this share."}
+    )
     max_completion_length: int = field(default=1024, metadata={"help": "Tokens of one attempt."})
-    correction_instruction: str | None = field(default=None, metadata={"help": "Instead of the task's."})
+    correction_instruction: str | None = field(
+        default=None, metadata={"help": "The user's turn between the attempts, if not the task's."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'. By default, "
+            "those the model was trained with."
+        },
+    )
     batch_size: int = field(default=32, metadata={"help": "Rollouts at a time."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first problems."})
-    seed: int = field(default=42, metadata={"help": "Of the sampling."})
+    limit: int | None = field(default=None, metadata={"help": "Use the first problems only."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
     backend: str = field(
         default="transformers",
         metadata={"help": "Where attempts come from.", "choices": ["transformers", "vllm", "endpoint"]},
     )
-    base_url: str | None = field(default=None, metadata={"help": "Of the endpoint, such as http://127.0.0.1:8000/v1."})
-    dtype: str | None = field(default=None, metadata={"help": "Of the weights, such as bfloat16."})
+    base_url: str | None = field(
+        default=None, metadata={"help": "Address of the endpoint, such as http://127.0.0.1:8000/v1."}
+    )
+    extra_body: str | None = field(
+        default=None, metadata={"help": "Further fields of each request to the endpoint, as JSON."}
+    )
+    dtype: str | None = field(default=None, metadata={"help": "Type of the weights, such as bfloat16."})
     revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of the model on the Hub."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to 4 bits (NF4, bitsandbytes)."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation, such as flash_attention_2 (transformers only)."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that a model's repository brings along."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantize the model to 4 bits (NF4, bitsandbytes; transformers only)."}
+    )
 
 
 @dataclass
 class EvaluateArguments(SampleArguments):
     num_attempts: int = field(default=2, metadata={"help": "Attempts in a rollout, up to 10 in the paper."})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
     num_samples: int = field(default=1, metadata={"help": "Rollouts per problem; more than one need a temperature."})
     self_refine: bool = field(
         default=False, metadata={"help": "Ask for feedback on each attempt, then to rewrite it (Self-Refine)."}
@@ -66,16 +91,27 @@ class EvaluateArguments(SampleArguments):
 
 @dataclass
 class CollectArguments(SampleArguments):
-    split: str = field(default="train", metadata={"help": "Which problems."})
+    split: str = field(default="train", metadata={"help": "Split of the task that the problems are from."})
     num_attempts: int = field(default=2, metadata={"help": "Attempts in a rollout; 1 for first attempts alone."})
-    temperature: float = field(default=1.0, metadata={"help": "As in training."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; the default is training's."})
     num_samples: int = field(default=8, metadata={"help": "Rollouts per problem."})
 
 
 @dataclass
 class ScaleArguments(SampleArguments):
-    temperature: float = field(default=0.7, metadata={"help": "The paper uses 0.7."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; the paper uses 0.7."})
     max_budget: int = field(default=64, metadata={"help": "Samples per problem, a power of 2."})
+
+
+BACKENDS_OF = {  # which backends an option has a meaning with
+    "base_url": ("endpoint",),
+    "extra_body": ("endpoint",),
+    "dtype": ("transformers", "vllm"),
+    "revision": ("transformers", "vllm"),
+    "trust_remote_code": ("transformers", "vllm"),
+    "attn_implementation": ("transformers",),
+    "load_in_4bit": ("transformers",),
+}
 
 
 def parse(kind: type, command: str, arguments: list[str]):
@@ -96,43 +132,53 @@ def parse(kind: type, command: str, arguments: list[str]):
 def sample(command: str, arguments: list[str]) -> str:
     kinds = {"evaluate": EvaluateArguments, "scale": ScaleArguments, "collect": CollectArguments}
     args = vars(parse(kinds[command], command, arguments))
-    endpoint = args["backend"] == "endpoint"
-    own = {name: args.pop(name) for name in ("base_url", "dtype", "revision", "load_in_4bit")}
-    for name, value in own.items():
-        if value and endpoint != (name == "base_url"):
+    for name in ("chat_template_kwargs", "extra_body"):
+        args[name] = as_dict(args[name], name)
+    own = {name: args.pop(name) for name in BACKENDS_OF}
+    own = {name: value for name, value in own.items() if value not in (None, False)}
+    for name in own:
+        if args["backend"] not in BACKENDS_OF[name]:
             raise ValueError(f"`{name}` has no meaning with `backend={args['backend']!r}`. Leave it out.")
-    if own.pop("load_in_4bit"):
+    if own.pop("load_in_4bit", False):
         import torch
         from transformers import BitsAndBytesConfig
 
+        from .sampling import check_dtype
+
+        check_dtype(own)
+        dtype = own.get("dtype", "auto")
         own["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, own["dtype"] or "bfloat16"),
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         )
-    own = {name: value for name, value in own.items() if value is not None}
     if command == "collect":
         from .collection import collect, describe
 
         return f"{describe(collect(**args, **own))}: {args['output_dir']}"
     if command == "scale":
-        from .scaling import inference_scaling
+        from .scaling import inference_scaling, table
 
-        budgets = inference_scaling(**args, **own)
-        lines = [
-            "| samples per problem | vote over first attempts | vote over corrected attempts |",
-            "|---:|---:|---:|",
-        ]
-        for row in budgets:
-            cells = [
-                "{value:.1f} [{low:.1f}, {high:.1f}]".format(**{k: 100 * v for k, v in row[kind].items()})
-                for kind in ("parallel", "corrected")
-            ]
-            lines.append(f"| {row['budget']} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+        return table(inference_scaling(**args, **own))
     from .evaluation import evaluate_self_correction
 
     return str(evaluate_self_correction(**args, **own))
+
+
+def as_dict(value: str | dict | None, name: str) -> dict | None:
+    """An option that is JSON on the command line and may be a mapping in a YAML file."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}={value}` is no JSON: {error}. Quote it as in '{{\"enable_thinking\": false}}'."
+            ) from None
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(
+            f"`{name}={value!r}` is no mapping of names to values, such as '{{\"enable_thinking\": false}}'."
+        )
+    return value
 
 
 def launch(command: str, arguments: list[str]) -> int:
@@ -270,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(report(rest))
         else:
             text = sample(command, rest)
-            from .evaluation import disconnect, processes
+            from .records import disconnect, processes
 
             if processes().is_main_process:
                 print(text)

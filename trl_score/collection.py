@@ -3,17 +3,21 @@ Collecting rollouts of a model on training problems: for the baselines that fine
 5.3). A collection is a folder as an evaluation's, with the attempts' tokens.
 """
 
-from dataclasses import asdict
-from functools import partial
+import logging
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from .evaluation import Store, load_rollouts, run
-from .metrics import label
-from .sampling import BACKENDS, Decoding, as_sampler, name_of
-from .tasks import Task, get_task
-from .tasks.base import first
+from .evaluation import Job, as_task, sample_rollouts
+from .fingerprints import of_tokenizer
+from .metrics import metric
+from .records import load_rollouts
+from .sampling import open_model
+from .tasks import Task
+
+
+logger = logging.getLogger(__name__)
 
 
 def collect(
@@ -28,6 +32,7 @@ def collect(
     top_p: float = 1.0,
     max_completion_length: int = 1024,
     correction_instruction: str | None = None,
+    chat_template_kwargs: dict | None = None,
     batch_size: int = 32,
     limit: int | None = None,
     seed: int = 42,
@@ -41,17 +46,17 @@ def collect(
 
     Args:
         split (`str`, *optional*, defaults to `"train"`):
-            Which problems.
+            The split of the task that the problems are from.
         num_attempts (`int`, *optional*, defaults to `2`):
             Attempts in a rollout; 1 for first attempts alone.
         num_samples (`int`, *optional*, defaults to `8`):
             Rollouts per problem.
         temperature (`float`, *optional*, defaults to `1.0`):
-            As in the paper's training.
+            Sampling temperature. The default is that of the paper's training.
         output_dir (`str`, *optional*):
-            Folder for the rollouts. One that was started with the same settings is finished.
+            Folder for the rollouts. Those that it holds are reused if they are of the same model, decoding and problems.
         model, task, **kwargs:
-            And the other arguments as for [`~trl_score.evaluation.evaluate_self_correction`].
+            These and the other arguments are described for [`~trl_score.evaluation.evaluate_self_correction`].
 
     Returns:
         `list[dict]`: by problem and sample, as [`~trl_score.evaluation.Evaluation`]'s `rollouts`, and `token_ids` of each
@@ -60,36 +65,24 @@ def collect(
     Raises:
         `ValueError`: If a setting cannot work, or the folder holds something else.
     """
-    if isinstance(task, str):
-        task = get_task(task, data_dir=data_dir)
+    task = as_task(task, data_dir)
     if task.num_given_attempts:
         raise ValueError(f"'{task.name}' gives the first attempts: it is for evaluation. Collect on another task.")
-    if num_attempts < 1 or num_samples < 1 or (num_samples > 1 and temperature == 0):
-        raise ValueError(
-            f"`num_attempts={num_attempts}`, `num_samples={num_samples}` and `temperature={temperature}`: set the first two to "
-            "1 or more, and the last above 0 for more than one sample, as greedy ones are all the same."
-        )
-    if backend not in BACKENDS:
-        raise ValueError(f"Unknown backend {backend!r}. Expected one of: {sorted(BACKENDS)}.")
-    rows = first(task.load(split), limit)
-    instruction = correction_instruction or task.correction_instruction
-    decoding = Decoding(temperature, top_p, max_completion_length)
-    settings = {
-        "model": name_of(model),
-        "task": task.name,
-        "split": split,
-        "num_problems": len(rows),
-        "num_attempts": num_attempts,
-        "num_samples": num_samples,
-        **asdict(decoding),
-        "correction_instruction": instruction,
-        "batch_size": batch_size,
-        "seed": seed,
-        "token_ids": True,
-    }
-    store = Store(output_dir, settings)
-    make_sampler = partial(as_sampler, model, backend, tokenizer, **kwargs)
-    run(make_sampler, task, rows, num_samples, store, [instruction], num_attempts, decoding, batch_size, seed)
+    job = Job.of(
+        task,
+        correction_instruction,
+        split=split,
+        num_attempts=num_attempts,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        batch_size=batch_size,
+        seed=seed,
+        token_ids=True,
+    )
+    source = open_model(model, backend, tokenizer, chat_template_kwargs, **kwargs)
+    _, store = sample_rollouts(job, task, limit, source, output_dir)
     return store.all_rollouts()
 
 
@@ -99,13 +92,19 @@ def describe(rollouts: list[dict]) -> str:
     parts = [f"{len(rollouts)} rollouts at {len({row['index'] for row in rollouts})} problems"]
     if graded:
         parts += [
-            f"{label(f'accuracy_t{k + 1}')} {100 * sum(row[k] for row in graded) / len(graded):.1f} %"
+            f"{shown.label} {shown.cell(sum(row[k] for row in graded) / len(graded))} %"
             for k in range(len(graded[0]))
+            for shown in [metric(f"accuracy_t{k + 1}")]
         ]
     return ", ".join(parts)
 
 
-def with_first_attempts(dataset: Dataset, folder: str | Path, task: Task | None = None) -> Dataset:
+def with_first_attempts(
+    dataset: Dataset,
+    folder: str | Path,
+    task: Task | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Dataset:
     """
     Problems with the column `first_attempts`: the first attempts of a collection, in tokens.
 
@@ -113,15 +112,19 @@ def with_first_attempts(dataset: Dataset, folder: str | Path, task: Task | None 
         dataset ([`~datasets.Dataset`]):
             Problems of the split that was collected on, in its order; the first ones, if not all.
         folder (`str`):
-            Of [`collect`].
+            The folder that [`collect`] wrote.
         task ([`~trl_score.tasks.Task`], *optional*):
-            Their task, to be compared with the collection's.
+            The task of the problems, to be compared with the collection's.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of the model that is trained on them, to be compared with the collection's.
 
     Raises:
         `FileNotFoundError`: If the folder holds no collection.
-        `ValueError`: If it is of other problems, or does not have all of them.
+        `ValueError`: If the collection is of other problems or of another tokenizer, or lacks some of the problems.
     """
     settings, rollouts = load_rollouts(folder)
+    if tokenizer is not None:
+        _check_tokenizer(folder, settings, rollouts, tokenizer)
     attempts = [[] for _ in dataset]
     for row in rollouts:
         if row["index"] < len(attempts):
@@ -137,3 +140,18 @@ def with_first_attempts(dataset: Dataset, folder: str | Path, task: Task | None 
             "on the first problems alone (`num_train_problems`)."
         )
     return dataset.add_column("first_attempts", attempts)
+
+
+def _check_tokenizer(folder: str | Path, settings: dict, rollouts: list[dict], tokenizer) -> None:
+    if all(row["token_ids"][0] is None for row in rollouts):
+        return  # texts, of an endpoint
+    if settings.get("tokenizer") is None:
+        logger.warning(
+            f"'{folder}' does not say which tokenizer its token ids are of. They are taken as they are: make sure that it is the "
+            "tokenizer of the model that is trained, or collect again."
+        )
+    elif settings["tokenizer"]["vocabulary"] != of_tokenizer(tokenizer)["vocabulary"]:
+        raise ValueError(
+            f"'{folder}' holds token ids of another tokenizer, the one of '{settings['model']}': to the model that is trained they "
+            "would be other words. Collect with a model that has the same tokenizer."
+        )

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from .evaluation import Evaluation
-from .metrics import label
+from .metrics import label, metric, self_correction_values
 from .report import COLORS, STATE
 
 
@@ -34,11 +35,11 @@ def values(runs: list[Evaluation]) -> dict[str, np.ndarray]:
         raise ValueError("The evaluations to compare are not of the same problems with one rollout each.")
     if any(None in row["correct"] for run in runs for row in run.rollouts):
         raise ValueError("An attempt could not be graded, so the evaluations cannot be compared problem by problem.")
-    correct = np.array([[row["correct"] for row in run.rollouts] for run in runs], float)  # (S, P, K)
-    number = correct.shape[-1]
-    found = {f"accuracy_t{k}": correct[..., k - 1] for k in range(1, number + 1)}
-    found[f"delta_t1_t{number}"] = delta = correct[..., -1] - correct[..., 0]
-    return found | {"delta_i_to_c": np.maximum(delta, 0), "delta_c_to_i": np.maximum(-delta, 0)}
+    correct = torch.tensor([row["correct"] for run in runs for row in run.rollouts], dtype=torch.float64)  # (S * P, K)
+    number = correct.size(1)
+    columns = [*(f"accuracy_t{k + 1}" for k in range(number)), f"delta_t1_t{number}", "delta_i_to_c", "delta_c_to_i"]
+    found = self_correction_values(correct)
+    return {name: found[name].numpy().reshape(len(runs), -1) for name in columns}
 
 
 def interval(
@@ -79,10 +80,8 @@ def interval(
     return float(value), float(low), float(high)
 
 
-def cell(numbers: tuple[float, float, float]) -> str:
-    """In percent."""
-    value, low, high = (100 * number + 0.0 for number in numbers)
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+def cell(name: str, numbers: tuple[float, float, float]) -> str:
+    return metric(name).cell(dict(zip(("value", "low", "high"), numbers, strict=True)))
 
 
 def comparison_table(
@@ -114,10 +113,10 @@ def comparison_table(
         names.append(f"@{last.removeprefix('accuracy_')} minus {against}'s")
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     for name, runs in methods.items():
-        cells = [name, str(len(runs)), *(cell(interval(found[name][column])) for column in columns)]
+        cells = [name, str(len(runs)), *(cell(column, interval(found[name][column])) for column in columns)]
         cells += [column.get(name, "") for column in more.values()]
         if against in found:
-            cells.append("" if name == against else cell(interval(found[name][last], found[against][last])))
+            cells.append("" if name == against else cell(last, interval(found[name][last], found[against][last])))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

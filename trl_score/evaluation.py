@@ -2,38 +2,334 @@
 How well a model corrects itself: `N` attempts at the problems of a task, with the rollout, the correction instruction and the
 grading of training.
 
-An evaluation is a folder: `settings.json` (what was asked for), `rollouts.jsonl` (one line per rollout, with all attempts)
-and `summary.json` (the metrics with their intervals). One that was interrupted goes on where it stopped.
+An evaluation is a folder: `settings.json` (a [`Job`]), `rollouts.jsonl` (one line per rollout, with all attempts) and
+`summary.json` (the metrics with their intervals). One that was interrupted is completed when it is started again.
 """
 
-import json
-import logging
+import hashlib
 import math
-import platform
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .metrics import bootstrap_intervals, edit_distance_ratio, label, mcnemar
-from .sampling import BACKENDS, Decoding, Sampler, as_sampler, name_of
+from . import fingerprints
+from .decoding import Decoding
+from .metrics import bootstrap_intervals, edit_distance_ratio, mcnemar, metric, self_correction_values
+from .records import SUMMARY, Store, disconnect, load_rollouts, processes  # noqa: F401 (others import them from here)
+from .sampling import Sampler, keep_random_state, open_model
 from .tasks import Task, get_task
 from .tasks.base import first
 
 
-logger = logging.getLogger(__name__)
+@dataclass(frozen=True)
+class Job:
+    """
+    Attempts to be sampled and graded: what `evaluate`, `collect` and `scale` share, and what their `settings.json` holds.
 
-ROLLOUTS, SETTINGS, SUMMARY = "rollouts.jsonl", "settings.json", "summary.json"
+    The first fields are set by the caller, as described for [`evaluate_self_correction`]; `token_ids` keeps the tokens of the
+    attempts. The others are found by [`Job.open`] and tell the results from those of another model or other problems.
+    """
+
+    task: str
+    split: str
+    num_attempts: int
+    num_samples: int
+    temperature: float
+    top_p: float
+    max_completion_length: int
+    batch_size: int
+    seed: int
+    correction_instruction: str | None = None
+    self_refine: bool = False
+    feedback_instruction: str | None = None
+    refine_instruction: str | None = None
+    token_ids: bool = False
+    num_given_attempts: int = 0
+
+    model: str = ""
+    backend: str = ""
+    weights: str | None = None
+    dtype: str | None = None
+    quantization: dict | str | None = None
+    tokenizer: dict | None = None
+    chat_template_kwargs: dict = field(default_factory=dict)
+    decoding: str = ""
+    extra_body: dict = field(default_factory=dict)
+    num_problems: int = 0
+    data: str = ""
+
+    def __post_init__(self):
+        if self.num_attempts < 1 or self.num_samples < 1 or self.batch_size < 1 or self.max_completion_length < 1:
+            raise ValueError(
+                f"`num_attempts={self.num_attempts}`, `num_samples={self.num_samples}`, `batch_size={self.batch_size}` and "
+                f"`max_completion_length={self.max_completion_length}`: set each to 1 or more."
+            )
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                f"`temperature={self.temperature}` and `top_p={self.top_p}`: set the first to 0 or more, the second above 0 and at "
+                "most to 1."
+            )
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"`num_samples={self.num_samples}` with `temperature={self.temperature}`: greedy decoding gives the same rollout "
+                "every time. Set `temperature` above 0, or `num_samples` to 1."
+            )
+
+    @classmethod
+    def of(cls, task: Task, correction_instruction: str | None = None, self_refine: bool = False, **settings) -> "Job":
+        """A job at a task, with what the task says between the attempts."""
+        if self_refine:
+            turns = {name: getattr(task, name) for name in ("feedback_instruction", "refine_instruction")}
+        else:
+            turns = {"correction_instruction": correction_instruction or task.correction_instruction}
+        given = task.num_given_attempts
+        return cls(task=task.name, self_refine=self_refine, num_given_attempts=given, **turns, **settings)
+
+    @property
+    def turns(self) -> list[str]:
+        """What the user says from an attempt to the next. In Self-Refine the model's feedback is between the two turns."""
+        if self.self_refine:
+            return [self.feedback_instruction, self.refine_instruction]
+        return [self.correction_instruction]
+
+    def rows(self, task: Task, limit: int | None) -> Dataset:
+        """The problems. A prompt of offline repair ends with the first turn."""
+        if limit is not None and limit < 1:
+            raise ValueError(f"`limit={limit}` leaves no problem. Set it to 1 or more, or leave it out.")
+        rows = first(task.load(self.split), limit)
+        if self.num_given_attempts:
+            asked = {"role": "user", "content": self.turns[0]}
+            rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
+        return rows
+
+
+def evaluate_self_correction(
+    model,
+    task: str | Task,
+    *,
+    split: str = "test",
+    num_attempts: int = 2,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    max_completion_length: int = 1024,
+    correction_instruction: str | None = None,
+    self_refine: bool = False,
+    chat_template_kwargs: dict | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    seed: int = 42,
+    output_dir: str | Path | None = None,
+    backend: str = "transformers",
+    tokenizer=None,
+    data_dir: str | None = None,
+    **kwargs,
+) -> "Evaluation":
+    """
+    Have a model make `num_attempts` attempts at each problem of a split, and grade all of them. The random state of the process
+    is afterwards what it was before.
+
+    Args:
+        model (`str`, `PreTrainedModel` or [`~trl_score.sampling.Sampler`]):
+            Hub id or folder of a model or adapter, the model itself, or where attempts come from.
+        task (`str` or [`Task`]):
+            A task, or its name.
+        split (`str`, *optional*, defaults to `"test"`):
+            The split of the task that the problems are from.
+        num_attempts (`int`, *optional*, defaults to `2`):
+            Attempts in a rollout, with those that a task gives (offline repair). The paper goes up to 10 (Appendix A.3).
+        temperature, top_p (`float`, *optional*, default to `0.0` and `1.0`):
+            Decoding; temperature 0 is greedy. Nothing else shapes the distribution, whatever the checkpoint's
+            `generation_config.json` says.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Rollouts per problem. With more than one, every metric is the mean over samples (Avg@k).
+        max_completion_length (`int`, *optional*, defaults to `1024`):
+            Tokens of one attempt.
+        correction_instruction (`str`, *optional*):
+            The user's turn between the attempts, if not the task's.
+        self_refine (`bool`, *optional*, defaults to `False`):
+            Self-Refine (Madaan et al. 2023, https://huggingface.co/papers/2303.17651) instead of the correction instruction:
+            after an attempt the model is asked for feedback on it (`task.feedback_instruction`), then for the next attempt
+            (`task.refine_instruction`).
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template, such as `{"enable_thinking": False}`. By default those that the model was
+            trained with, which are saved beside it.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Rollouts at a time. It may change when an evaluation is continued.
+        limit (`int`, *optional*):
+            Use the first problems only. It may change when an evaluation is continued.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the sampling. Attempts with a temperature repeat with the same seed, problems and `batch_size`.
+        output_dir (`str`, *optional*):
+            Folder for the results. Rollouts that it holds are reused if they are of the same model, decoding and problems.
+            Without a folder nothing is written.
+        backend (`str`, *optional*, defaults to `"transformers"`):
+            `"transformers"`, `"vllm"` or `"endpoint"`, if `model` is a name.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer, if it is not the model's own.
+        data_dir (`str`, *optional*):
+            Folder with the task's rows, if `task` is a name.
+        **kwargs:
+            For the backend: `quantization_config`, `dtype`, `revision`, `trust_remote_code`, `base_url`, ..
+
+    Returns:
+        [`Evaluation`].
+
+    Raises:
+        `OSError`: If the model is not available.
+        `ValueError`: If a setting cannot work, or the folder holds other results.
+    """
+    task = as_task(task, data_dir)
+    given = task.num_given_attempts
+    if num_attempts <= max(given, 1):
+        raise ValueError(
+            f"`num_attempts={num_attempts}` leaves nothing to compare: '{task.name}' gives {given} attempts, and a correction "
+            f"needs one before it. Set it to {max(given, 1) + 1} or more."
+        )
+    if self_refine and correction_instruction:
+        raise ValueError(
+            "`self_refine=True` asks with the task's `feedback_instruction` and `refine_instruction`, so a "
+            "`correction_instruction` would never be said. Leave one of the two out."
+        )
+    job = Job.of(
+        task,
+        correction_instruction,
+        self_refine,
+        split=split,
+        num_attempts=num_attempts,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    source = open_model(model, backend, tokenizer, chat_template_kwargs, **kwargs)
+    return evaluate(job, task, limit, source, output_dir)
+
+
+def as_task(task: str | Task, data_dir: str | None = None) -> Task:
+    return get_task(task, data_dir=data_dir) if isinstance(task, str) else task
+
+
+def evaluate(job: Job, task: Task, limit: int | None, source: tuple, output_dir: str | Path | None) -> "Evaluation":
+    """[`evaluate_self_correction`] of a job and a model that [`~trl_score.sampling.open_model`] found."""
+    job, store = sample_rollouts(job, task, limit, source, output_dir)
+    evaluation = Evaluation(asdict(job), store.all_rollouts())
+    store.write(SUMMARY, evaluation.settings | evaluation.summary)
+    return evaluation
+
+
+@keep_random_state()
+def sample_rollouts(
+    job: Job, task: Task, limit: int | None, source: tuple[dict, Callable[[], Sampler]], output_dir: str | Path | None
+) -> tuple[Job, Store]:
+    """
+    Sample and grade the rollouts of a job that are not in its folder yet, in batches of similar prompt length, longest first.
+    Batches are divided among the processes. If nothing is missing, no model is loaded.
+
+    Returns:
+        The job with the identity of model and problems, and its rollouts.
+    """
+    identity, make_sampler = source
+    rows = job.rows(task, limit)
+    problems = fingerprints.of_rows(rows)
+    job = replace(job, **identity, num_problems=len(rows), data=fingerprints.fingerprint(problems))
+    store = Store(output_dir, asdict(job), problems)
+    todo = [(index, sample) for index in range(len(rows)) for sample in range(job.num_samples)]
+    if len(store.done) == len(todo):
+        return job, store
+    sampler, prompts, size = make_sampler(), rows["prompt"], job.batch_size
+    lengths = [sampler.length(prompt) for prompt in prompts]
+    todo.sort(key=lambda item: (-lengths[item[0]], item))
+    own = range(store.state.process_index * size, len(todo), store.state.num_processes * size)
+    for start in tqdm(own, desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
+        batch = todo[start : start + size]
+        missing = [i for i, item in enumerate(batch) if item not in store.done]
+        if (
+            missing
+        ):  # sampled with the whole batch, so that an interrupted run ends with the rollouts of one that was not
+            rollouts = _sample_batch(job, sampler, batch, [prompts[index] for index, _ in batch])
+            rows_of_batch = rows.select([batch[i][0] for i in missing])
+            rollouts = [rollouts[i] for i in missing]
+            graded = grade(task, rows_of_batch, [rollout["attempts"] for rollout in rollouts])
+            store.add([rollout | record for rollout, record in zip(rollouts, graded, strict=True)])
+    return job, store
+
+
+def _sample_batch(job: Job, sampler: Sampler, batch: list[tuple[int, int]], prompts: list) -> list[dict]:
+    """Rollouts before they are graded: the attempts, and the feedback between them in Self-Refine."""
+    given, step = job.num_given_attempts, len(job.turns)
+    instructions = job.turns * (job.num_attempts - max(given, 1))
+    if given:  # the prompt ends with the first
+        instructions = instructions[1:]
+    # Of the texts that are sampled, the last is an attempt, and so is each `step`-th before it; the others are feedback.
+    offset = len(instructions) % step
+    decoding = Decoding(job.temperature, job.top_p, job.max_completion_length)
+    sampled = sampler.sample(prompts, instructions, decoding, seed_of(job.seed, batch), given)
+    rollouts = []
+    for (index, sample), prompt, texts in zip(batch, prompts, sampled, strict=True):
+        attempts = texts[offset::step]
+        before = [turn["content"] for turn in prompt if turn["role"] == "assistant"][-given:] if given else []
+        rollout = {
+            "index": index,
+            "sample": sample,
+            "attempts": [*before, *(attempt.text for attempt in attempts)],
+            "num_tokens": [None] * given + [attempt.num_tokens for attempt in attempts],
+            "truncated": [False] * given + [attempt.truncated for attempt in attempts],
+        }
+        if job.token_ids:
+            rollout["token_ids"] = [attempt.token_ids for attempt in attempts]
+        if job.self_refine:
+            feedback = texts[1 - offset :: step]
+            rollout["feedback"] = [each.text for each in feedback]
+            rollout["feedback_num_tokens"] = [each.num_tokens for each in feedback]
+        rollouts.append(rollout)
+    return rollouts
+
+
+def seed_of(seed: int, batch: list[tuple[int, int]]) -> int:
+    """Of a batch: the same for the same rollouts, and unrelated to that of any other batch, also after another `batch_size`."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:4]) >> 1
+
+
+def grade(task: Task, rows: Dataset, texts: list[list[str]]) -> Iterator[dict]:
+    """Records of rollouts: their attempts graded, and compared with the ones before."""
+    columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
+    prompts = rows["prompt"]
+    chat = not isinstance(prompts[0], str)
+    rewards = []
+    for attempt in zip(*texts, strict=True):
+        completions = [[{"role": "assistant", "content": text}] for text in attempt] if chat else list(attempt)
+        rewards.append(task.reward(completions, **columns))
+    other = [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
+    answers = [
+        [task.answer(text, **{name: value for name, value in row.items() if name != "text"}) for text in attempts]
+        for attempts, row in zip(texts, other, strict=True)
+    ]
+    pairs = [(first, last) for first, last in ((row[0], row[-1]) for row in answers) if first and last]
+    same = (
+        dict(zip(pairs, task.same_answers([a for a, _ in pairs], [b for _, b in pairs]), strict=True)) if pairs else {}
+    )
+    for i, attempts in enumerate(texts):
+        first, last = answers[i][0], answers[i][-1]
+        scores = [None if reward[i] is None or math.isnan(reward[i]) else reward[i] for reward in rewards]
+        yield {
+            "prompt": prompts[i],
+            "rewards": scores,
+            "correct": [None if score is None else score >= 1 for score in scores],
+            "answers": answers[i],
+            "edit_distance_ratio": [edit_distance_ratio(one, other) for one, other in pairwise(attempts)],
+            "changed_answer": not same[first, last] if first and last else first != last,
+            **({"level": other[i]["level"]} if other[i].get("level") is not None else {}),
+        }
 
 
 @dataclass
@@ -43,11 +339,12 @@ class Evaluation:
 
     Attributes:
         settings (`dict`):
-            What was evaluated and how: model, task, split, problems, attempts, decoding, seed, versions.
+            What was evaluated and how: the fields of [`Job`].
         rollouts (`list[dict]`):
             One per rollout, by problem and sample: `index`, `sample`, `prompt`, `attempts` (text), `rewards`, `correct`,
-            `num_tokens`, `truncated`, `edit_distance_ratio`, `changed_answer`, and `level` where the task has one. In
-            Self-Refine also `feedback` (text) and `feedback_num_tokens`, of the feedback between the attempts.
+            `num_tokens`, `truncated`, `edit_distance_ratio`, `changed_answer`, `problem` (a fingerprint of its row), and
+            `level` where the task has one. In Self-Refine also `feedback` (text) and `feedback_num_tokens`, of the feedback
+            between the attempts.
         summary (`dict`):
             `metrics`: name to `{value, low, high}`, with 95 % bootstrap intervals over problems; `by_level`; `mcnemar_p`.
     """
@@ -66,361 +363,6 @@ class Evaluation:
 
     def __str__(self) -> str:
         return table([self])
-
-
-def evaluate_self_correction(
-    model,
-    task: str | Task,
-    *,
-    split: str = "test",
-    num_attempts: int = 2,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    num_samples: int = 1,
-    max_completion_length: int = 1024,
-    correction_instruction: str | None = None,
-    self_refine: bool = False,
-    batch_size: int = 32,
-    limit: int | None = None,
-    seed: int = 42,
-    output_dir: str | Path | None = None,
-    backend: str = "transformers",
-    tokenizer=None,
-    data_dir: str | None = None,
-    **kwargs,
-) -> Evaluation:
-    """
-    Have a model make `num_attempts` attempts at each problem of a split, and grade all of them.
-
-    Args:
-        model (`str`, `PreTrainedModel` or [`Sampler`]):
-            Hub id or folder of a model or adapter, the model itself, or where attempts come from.
-        task (`str` or [`Task`]):
-            A task, or its name.
-        split (`str`, *optional*, defaults to `"test"`):
-            Which problems.
-        num_attempts (`int`, *optional*, defaults to `2`):
-            Attempts in a rollout, with those that a task gives (offline repair). The paper goes up to 10 (Appendix A.3).
-        temperature, top_p (`float`, *optional*, default to `0.0` and `1.0`):
-            Decoding; temperature 0 is greedy.
-        num_samples (`int`, *optional*, defaults to `1`):
-            Rollouts per problem. With more than one, every metric is the mean over samples (Avg@k).
-        max_completion_length (`int`, *optional*, defaults to `1024`):
-            Tokens of one attempt.
-        correction_instruction (`str`, *optional*):
-            Instead of the task's.
-        self_refine (`bool`, *optional*, defaults to `False`):
-            Self-Refine (Madaan et al. 2023, https://huggingface.co/papers/2303.17651) instead of the correction instruction:
-            after an attempt the model is asked for feedback on it (`task.feedback_instruction`), then for the next attempt
-            (`task.refine_instruction`).
-        batch_size (`int`, *optional*, defaults to `32`):
-            Rollouts at a time.
-        limit (`int`, *optional*):
-            Only the first problems.
-        seed (`int`, *optional*, defaults to `42`):
-            Of the sampling.
-        output_dir (`str`, *optional*):
-            Folder for the results. One that was started with the same settings is finished; without a folder nothing is
-            written.
-        backend (`str`, *optional*, defaults to `"transformers"`):
-            `"transformers"`, `"vllm"` or `"endpoint"`, if `model` is a name.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            If it is not the model's own.
-        data_dir (`str`, *optional*):
-            Folder with the task's rows, if `task` is a name.
-        **kwargs:
-            For the backend: `quantization_config`, `dtype`, `base_url`, ..
-
-    Returns:
-        [`Evaluation`].
-
-    Raises:
-        `ValueError`: If a setting cannot work, or the folder holds another evaluation.
-    """
-    if isinstance(task, str):
-        task = get_task(task, data_dir=data_dir)
-    given = task.num_given_attempts
-    if num_attempts <= max(given, 1):
-        raise ValueError(
-            f"`num_attempts={num_attempts}` leaves nothing to compare: '{task.name}' gives {given} attempts, and a correction "
-            f"needs one before it. Set it to {max(given, 1) + 1} or more."
-        )
-    if num_samples < 1 or (num_samples > 1 and temperature == 0):
-        raise ValueError(
-            f"`num_samples={num_samples}` with `temperature={temperature}`: greedy decoding gives the same rollout every time. "
-            "Set `temperature` above 0, or `num_samples` to 1."
-        )
-    if batch_size < 1 or max_completion_length < 1 or temperature < 0:
-        raise ValueError(
-            f"`batch_size={batch_size}`, `max_completion_length={max_completion_length}` and `temperature={temperature}`: set "
-            "the first two to 1 or more, the last to 0 or more."
-        )
-    if backend not in BACKENDS:
-        raise ValueError(f"Unknown backend {backend!r}. Expected one of: {sorted(BACKENDS)}.")
-    if self_refine and correction_instruction:
-        raise ValueError(
-            "`self_refine=True` asks with the task's `feedback_instruction` and `refine_instruction`, so a "
-            "`correction_instruction` would never be said. Leave one of the two out."
-        )
-    rows = first(task.load(split), limit)
-    if self_refine:
-        turns = {name: getattr(task, name) for name in ("feedback_instruction", "refine_instruction")}
-    else:
-        turns = {"correction_instruction": correction_instruction or task.correction_instruction}
-    if given:  # the prompt ends with the first of them
-        asked = {"role": "user", "content": next(iter(turns.values()))}
-        rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
-    decoding = Decoding(temperature, top_p, max_completion_length)
-    settings = {
-        "model": name_of(model),
-        "backend": backend if isinstance(model, str) else getattr(model, "backend", "transformers"),
-        "task": task.name,
-        "split": split,
-        "num_problems": len(rows),
-        "num_attempts": num_attempts,
-        "num_samples": num_samples,
-        **asdict(decoding),
-        **({"self_refine": True} if self_refine else {}),  # what plain ones do not have: their older folders go on
-        **turns,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    store = Store(output_dir, settings)
-    make_sampler = partial(as_sampler, model, backend, tokenizer, **kwargs)
-    run(make_sampler, task, rows, num_samples, store, list(turns.values()), num_attempts, decoding, batch_size, seed)
-    return store.finish()
-
-
-def run(
-    make_sampler: Callable[[], Sampler],
-    task: Task,
-    rows: Dataset,
-    num_samples: int,
-    store: "Store",
-    turns: list[str],
-    num_attempts: int,
-    decoding: Decoding,
-    batch_size: int,
-    seed: int,
-) -> None:
-    """
-    Make and grade the rollouts that the store has not, in batches of prompts of like length, the longest first. `turns` are
-    what the user says from an attempt to the next: the correction instruction, or the two of Self-Refine, whose feedback is
-    between them. Of several processes each takes its share of the batches. Where nothing is left to do, no sampler is made.
-    """
-    todo = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
-    if len(store.done) >= len(todo):
-        return
-    sampler = make_sampler()
-    prompts = rows["prompt"]
-    lengths = [sampler.length(prompt) for prompt in prompts]
-    todo = sorted(todo, key=lambda item: (-lengths[item[0]], item))
-    given, keep_tokens = task.num_given_attempts, store.settings.get("token_ids", False)
-    instructions = turns * (num_attempts - max(given, 1))
-    if given:  # the prompt ends with the first
-        instructions = instructions[1:]
-    # Of the texts that are sampled, the last is an attempt, and so is each `step`-th before it; the others are feedback.
-    step = len(turns)
-    offset = len(instructions) % step
-    own = range(store.state.process_index * batch_size, len(todo), store.state.num_processes * batch_size)
-    for start in tqdm(own, desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
-        batch = todo[start : start + batch_size]  # the same batches, with the same seeds, also when it goes on
-        missing = [i for i, item in enumerate(batch) if item not in store.done]
-        if not missing:
-            continue
-        sampled = sampler.sample(
-            [prompts[index] for index, _ in batch], instructions, decoding, seed + 1000 * start, given
-        )
-        rollouts = [row[offset::step] for row in sampled]
-        feedback = [row[1 - offset :: step] for row in sampled] if step == 2 else None
-        chosen = rows.select([batch[i][0] for i in missing])
-        texts = [
-            [*_given_attempts(prompts[batch[i][0]], given), *(attempt.text for attempt in rollouts[i])]
-            for i in missing
-        ]
-        store.add(
-            [
-                {
-                    "index": batch[i][0],
-                    "sample": batch[i][1],
-                    **record,
-                    "num_tokens": [None] * given + [attempt.num_tokens for attempt in rollouts[i]],
-                    "truncated": [False] * given + [attempt.truncated for attempt in rollouts[i]],
-                    **({"token_ids": [attempt.token_ids for attempt in rollouts[i]]} if keep_tokens else {}),
-                    **(
-                        {
-                            "feedback": [each.text for each in feedback[i]],
-                            "feedback_num_tokens": [each.num_tokens for each in feedback[i]],
-                        }
-                        if feedback
-                        else {}
-                    ),
-                }
-                for i, record in zip(missing, grade(task, chosen, texts), strict=True)
-            ]
-        )
-
-
-def _given_attempts(prompt: str | list[dict], given: int) -> list[str]:
-    """The attempts that a prompt of offline repair holds."""
-    return [turn["content"] for turn in prompt if turn["role"] == "assistant"][-given:] if given else []
-
-
-def grade(task: Task, rows: Dataset, texts: list[list[str]]) -> Iterator[dict]:
-    """Records of rollouts: their attempts graded, and compared with the ones before."""
-    columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
-    prompts = rows["prompt"]
-    chat = not isinstance(prompts[0], str)
-    rewards = []
-    for attempt in zip(*texts, strict=True):
-        completions = [[{"role": "assistant", "content": text}] for text in attempt] if chat else list(attempt)
-        rewards.append(task.reward(completions, **columns))
-    other = [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
-    answers = [
-        [task.answer(text, **_without(row, "text")) for text in attempts]
-        for attempts, row in zip(texts, other, strict=True)
-    ]
-    pairs = [(first, last) for first, last in ((row[0], row[-1]) for row in answers) if first and last]
-    same = (
-        dict(zip(pairs, task.same_answers([a for a, _ in pairs], [b for _, b in pairs]), strict=True)) if pairs else {}
-    )
-    for i, attempts in enumerate(texts):
-        first, last = answers[i][0], answers[i][-1]
-        scores = [reward[i] for reward in rewards]
-        yield {
-            "prompt": prompts[i],
-            "attempts": attempts,
-            "rewards": scores,
-            "correct": [None if score is None or math.isnan(score) else score >= 1 for score in scores],
-            "answers": answers[i],
-            "edit_distance_ratio": [edit_distance_ratio(one, other) for one, other in pairwise(attempts)],
-            "changed_answer": not same[first, last] if first and last else first != last,
-            **({"level": other[i]["level"]} if other[i].get("level") is not None else {}),
-        }
-
-
-def _without(row: dict, name: str) -> dict:
-    return {key: value for key, value in row.items() if key != name}
-
-
-def processes() -> PartialState:
-    """The processes that `accelerate launch` started, also without an accelerator."""
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def disconnect() -> None:
-    """For the end of a script: no process goes before all are done, nor while its connections still have work."""
-    state = processes()
-    state.wait_for_everyone()
-    if state.use_distributed:
-        time.sleep(0.1)  # gloo's thread frees the tensors of the last call, and aborts if Python is gone by then
-    state.destroy_process_group()
-
-
-class Store:
-    """
-    The rollouts of an evaluation, in a folder or in memory. In a folder, the processes of `accelerate launch` share the work:
-    each writes a file of its own, and reads all.
-    """
-
-    def __init__(self, output_dir: str | Path | None, settings: dict):
-        self.folder = None if output_dir is None else Path(output_dir)
-        self.settings = settings
-        self.rollouts: list[dict] = []
-        self.state = processes()
-        if self.folder is not None:
-            with self.state.main_process_first():
-                self._open(output_dir)
-            self.state.wait_for_everyone()  # nobody writes while another still reads
-        elif self.state.num_processes > 1:
-            raise ValueError("Processes share their rollouts through a folder, but `output_dir` is None. Set it.")
-        self.done = {(row["index"], row["sample"]) for row in self.rollouts}
-        if self.done:
-            logger.info(f"{len(self.done)} rollouts are already in {self.folder}.")
-
-    def _open(self, output_dir: str | Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / SETTINGS
-        if file.exists():
-            before = json.loads(file.read_text("utf-8"))
-            different = [name for name in self.settings if before.get(name) != self.settings[name]]
-            if different:
-                changes = ", ".join(
-                    f"{name} {before.get(name)!r} instead of {self.settings[name]!r}" for name in different
-                )
-                raise ValueError(
-                    f"`output_dir={str(output_dir)!r}` holds another evaluation: {changes}. Take another folder."
-                )
-        else:
-            text = json.dumps(self.settings | {"versions": versions()}, indent=2, ensure_ascii=False)
-            file.write_text(text, "utf-8")
-        self.rollouts = read_rollouts(self.folder)
-
-    @property
-    def file(self) -> Path:
-        """Where this process writes."""
-        number = self.state.process_index
-        return self.folder / (f"rollouts-{number}.jsonl" if number else ROLLOUTS)
-
-    def add(self, records: list[dict]) -> None:
-        self.rollouts += records
-        self.done |= {(row["index"], row["sample"]) for row in records}
-        if self.folder is not None:
-            lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
-            with self.file.open("ab") as handle:
-                handle.write(lines)
-
-    def all_rollouts(self) -> list[dict]:
-        """Those of all processes, by problem and sample."""
-        if self.state.num_processes > 1:
-            self.state.wait_for_everyone()
-            self.rollouts = read_rollouts(self.folder)
-        self.rollouts.sort(key=position)
-        return self.rollouts
-
-    def finish(self) -> Evaluation:
-        evaluation = Evaluation(self.settings, self.all_rollouts())
-        if self.folder is not None and self.state.is_main_process:
-            text = json.dumps(self.settings | evaluation.summary, indent=2, ensure_ascii=False)
-            (self.folder / SUMMARY).write_text(text, "utf-8")
-        return evaluation
-
-
-def position(row: dict) -> tuple[int, int]:
-    return row["index"], row["sample"]
-
-
-def read_rollouts(folder: Path) -> list[dict]:
-    """What a folder has; a line that was being written when a process stopped is dropped, also from its file."""
-    rollouts = {}
-    for file in sorted(folder.glob("rollouts*.jsonl")):
-        data = file.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with file.open("r+b") as handle:
-                handle.truncate(len(whole))
-        for line in whole.splitlines():
-            row = json.loads(line)
-            rollouts[position(row)] = row
-    return sorted(rollouts.values(), key=position)
-
-
-def versions() -> dict[str, str]:
-    names = ("trl-score", "trl", "transformers", "torch")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def load_rollouts(folder: str | Path) -> tuple[dict, list[dict]]:
-    """
-    Settings and rollouts of an evaluation or a collection, by problem and sample.
-
-    Raises:
-        `FileNotFoundError`: If the folder holds none.
-    """
-    folder = Path(folder)
-    if not (folder / SETTINGS).exists():
-        raise FileNotFoundError(f"'{folder}' holds no evaluation: it has no {SETTINGS}.")
-    return json.loads((folder / SETTINGS).read_text("utf-8")), read_rollouts(folder)
 
 
 def load_evaluation(folder: str | Path) -> Evaluation:
@@ -443,22 +385,22 @@ def summarize(rollouts: list[dict]) -> dict:
 
     Returns:
         `dict`: `metrics`, `by_level` (the accuracies), `mcnemar_p` (of the last attempt against the first; `None` with
-        several samples per problem, which are not independent), `num_problems`, `num_samples`, `num_ungraded`.
+        several samples per problem, which are not independent), `num_problems`, `num_samples`, `num_ungraded`. Shares are from
+        0 to 1; a number that has no value is `None`.
     """
     graded = [row for row in rollouts if None not in row["correct"]]
-    problems = defaultdict(list)
-    for row in graded:
-        problems[row["index"]].append(row)
-    groups = list(problems.values())
     samples = max(Counter(row["index"] for row in rollouts).values(), default=0)
     by_level = defaultdict(list)
-    for group in groups:
-        if "level" in group[0]:
-            by_level[group[0]["level"]].append(group)
-    summary = {
-        "metrics": _metrics(groups),
+    for row in graded:
+        if "level" in row:
+            by_level[row["level"]].append(row)
+    return {
+        "metrics": _metrics(graded),
         "by_level": {
-            str(level): {"num_problems": len(by_level[level]), **_metrics(by_level[level], "accuracy")}
+            str(level): {
+                "num_problems": len({row["index"] for row in by_level[level]}),
+                **_metrics(by_level[level], "accuracy"),
+            }
             for level in sorted(by_level)
         },
         "mcnemar_p": mcnemar([row["correct"][0] for row in graded], [row["correct"][-1] for row in graded])
@@ -468,70 +410,62 @@ def summarize(rollouts: list[dict]) -> dict:
         "num_samples": samples,
         "num_ungraded": len(rollouts) - len(graded),
     }
-    return summary
 
 
-def _metrics(groups: list[list[dict]], only: str = "") -> dict[str, dict[str, float]]:
-    if not groups:
+def _metrics(rollouts: list[dict], only: str = "") -> dict[str, dict[str, float | None]]:
+    if not rollouts:
         return {}
-    attempts = range(len(groups[0][0]["correct"]))
-    last = attempts[-1]
-    values = {f"accuracy_t{k + 1}": lambda row, k=k: row["correct"][k] for k in attempts}
-    values |= {
-        f"delta_t{k}_t{k + 1}": lambda row, k=k: row["correct"][k] - row["correct"][k - 1] for k in attempts[1:]
-    }
-    values |= {
-        f"delta_t1_t{last + 1}": lambda row: row["correct"][-1] - row["correct"][0],
-        "delta_i_to_c": lambda row: row["correct"][-1] and not row["correct"][0],
-        "delta_c_to_i": lambda row: row["correct"][0] and not row["correct"][-1],
-        "correction_rate": lambda row: row["correct"][-1] and not row["correct"][0],
-        "edit_distance_ratio": lambda row: sum(row["edit_distance_ratio"]) / last,
-        "changed_answers": lambda row: row["changed_answer"],
-    }
-    for k in attempts:
-        if all(row["num_tokens"][k] is not None for group in groups for row in group):
-            values[f"truncated_t{k + 1}"] = lambda row, k=k: row["truncated"][k]
-            values[f"num_tokens_t{k + 1}"] = lambda row, k=k: row["num_tokens"][k]
+    correct = torch.tensor([row["correct"] for row in rollouts], dtype=torch.float64)  # (B, K)
+    values = {name: value.numpy() for name, value in self_correction_values(correct).items()}
+    weights = {}  # of a ratio of two sums; a mean over rollouts has none
+    if correct.size(1) > 1:
+        values["correction_rate"] = values["delta_i_to_c"]
+        weights["correction_rate"] = 1 - values["accuracy_t1"]  # of those that were wrong
+        values["edit_distance_ratio"] = np.array([np.mean(row["edit_distance_ratio"]) for row in rollouts])
+        values["changed_answers"] = np.array([row["changed_answer"] for row in rollouts], float)
+    for k in range(correct.size(1)):
+        if all(row["num_tokens"][k] is not None for row in rollouts):
+            values[f"truncated_t{k + 1}"] = np.array([row["truncated"][k] for row in rollouts], float)
+            values[f"num_tokens_t{k + 1}"] = np.array([row["num_tokens"][k] for row in rollouts], float)
     values = {name: value for name, value in values.items() if name.startswith(only)}
-    numerators = np.array(
-        [[np.mean([float(value(row)) for row in group]) for value in values.values()] for group in groups]
+    # Mean over the samples of each problem, (P, M).
+    _, problem, samples = np.unique([row["index"] for row in rollouts], return_inverse=True, return_counts=True)
+    ones = np.ones(len(rollouts))
+    numerators, denominators = (
+        np.stack([np.bincount(problem, column) / samples for column in columns], axis=1)
+        for columns in (values.values(), [weights.get(name, ones) for name in values])
     )
-    denominators = np.ones_like(numerators)
-    for column, name in enumerate(values):
-        if name == "correction_rate":  # of those that were wrong
-            denominators[:, column] = [np.mean([not row["correct"][0] for row in group]) for group in groups]
     low, high = bootstrap_intervals(numerators, denominators)
     with np.errstate(invalid="ignore"):
         mean = numerators.sum(axis=0) / denominators.sum(axis=0)
     return {
-        name: {"value": float(mean[i]), "low": float(low[i]), "high": float(high[i])} for i, name in enumerate(values)
+        name: {
+            key: float(number) if np.isfinite(number) else None
+            for key, number in (("value", mean[i]), ("low", low[i]), ("high", high[i]))
+        }
+        for i, name in enumerate(values)
     }
 
 
 def table(evaluations: list[Evaluation]) -> str:
-    """Evaluations side by side as a table in Markdown: percent, with 95 % intervals, number of problems and decoding."""
+    """Evaluations side by side as a table in Markdown, with 95 % intervals, number of problems and decoding."""
     names = [name for name in evaluations[0].summary["metrics"] if not name.startswith("num_tokens")]
     lines = [
         "| | " + " | ".join(f"{evaluation.settings['model']}{evaluation.mode}" for evaluation in evaluations) + " |"
     ]
     lines.append("|---|" + "---:|" * len(evaluations))
     for name in names:
-        cells = []
-        for evaluation in evaluations:
-            metric = evaluation.summary["metrics"].get(name)
-            cells.append(
-                ""
-                if metric is None
-                else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**{k: 100 * v for k, v in metric.items()})
-            )
-        lines.append(f"| {label(name)} | " + " | ".join(cells) + " |")
+        cells = [metric(name).cell(evaluation.summary["metrics"].get(name)) for evaluation in evaluations]
+        lines.append(f"| {metric(name).label} | " + " | ".join(cells) + " |")
     for name, text in (
         ("p (exact McNemar test, last against first)", _p),
         ("problems x samples", _size),
         ("decoding", _decoding),
     ):
         lines.append(f"| {name} | " + " | ".join(map(text, evaluations)) + " |")
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, "", "Percent, but the edit-distance ratio, which is from 0 to 1. In brackets: 95 % intervals."]
+    )
 
 
 def _p(evaluation: Evaluation) -> str:

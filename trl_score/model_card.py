@@ -1,7 +1,7 @@
 """The card of a trained model: TRL's, with how SCoRe trained it, what was measured, and how to use it as trained."""
 
+import functools
 import json
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from jinja2 import Template
 
 from ._version import __version__
-from .metrics import bootstrap_intervals, label
+from .metrics import bootstrap_intervals, label, metric
 
 
 if TYPE_CHECKING:
@@ -22,46 +22,48 @@ FIGURE = "images/training.png"
 OPTIONS = ("adaptive_stage1_beta", "kl_level")  # shown where not the default
 
 
-def measured(
-    log: dict, prefix: str, num_attempts: int, num_problems: int | None
-) -> dict[str, tuple[float, float, float]]:
+def measured(log: dict, prefix: str, num_attempts: int, num_problems: int | None) -> dict[str, dict[str, float]]:
     """
-    The metrics of an evaluation by the trainer, in percent: value, and the limits of a 95 % bootstrap interval over
-    problems. With one greedy rollout per problem the shares of right attempts, of i→c and of c→i are all that the bootstrap
-    needs: it is over as many problems with these verdicts.
+    The metrics of an evaluation by the trainer: `value`, and with the number of problems `low` and `high`, the limits of a 95 %
+    bootstrap interval over problems. With one greedy rollout per problem the shares of right attempts, of i→c and of c→i are
+    all that the bootstrap needs: it is over as many problems with these verdicts.
 
     Args:
         log (`dict`):
             An entry of the trainer's log.
         prefix (`str`):
-            What the names of the metrics begin with: `"eval"`, or `"eval_"` and the name of the evaluation set.
+            The beginning of the metrics' names: `"eval"`, or `"eval_"` and the name of the evaluation set.
         num_attempts (`int`):
             Attempts in a rollout.
         num_problems (`int`, *optional*):
-            Problems with one rollout each; without it, the limits are NaN.
+            Problems with one rollout each; without it, there are no limits.
     """
     names = [f"accuracy_t{k + 1}" for k in range(num_attempts)]
     found = {}
     for name in [*names, f"delta_t1_t{num_attempts}", "delta_i_to_c", "delta_c_to_i"]:
-        value, limits = log[f"{prefix}_{name}"], (np.nan, np.nan)
+        found[name] = {"value": log[f"{prefix}_{name}"]}
         if num_problems:
-            shares = (value, 0.0)
-            if name.startswith("delta_t"):
-                shares = (log[f"{prefix}_delta_i_to_c"], log[f"{prefix}_delta_c_to_i"])
-            limits = _limits(*(round(share * num_problems) for share in shares), num_problems)
-        found[name] = (100 * value, 100 * limits[0], 100 * limits[1])
+            both = "delta_i_to_c", "delta_c_to_i"
+            shares = (
+                [log[f"{prefix}_{each}"] for each in both]
+                if name.startswith("delta_t")
+                else [log[f"{prefix}_{name}"], 0.0]
+            )
+            low, high = _limits(*(round(share * num_problems) for share in shares), num_problems)
+            found[name] |= {"low": low, "high": high}
     return found
 
 
-@cache
+@functools.cache
 def _limits(up: int, down: int, number: int) -> tuple[float, float]:
-    """Of the mean of so many ones, minus ones and zeros. A card is written at each checkpoint, with the same evaluations."""
-    return bootstrap_intervals(np.repeat([1.0, -1.0, 0.0], [up, down, number - up - down]))
+    """Of the mean of so many 1, -1 and 0. The card of each checkpoint has the evaluations before it again."""
+    low, high = bootstrap_intervals(np.repeat([1.0, -1.0, 0.0], [up, down, number - up - down]))
+    return float(low), float(high)
 
 
-def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[int, dict[str, tuple[float, float, float]]]]:
+def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[int, dict[str, dict[str, float]]]]:
     """
-    By evaluation set (`None` where there is one without a name) and optimizer step, what the trainer measured; an evaluation
+    The trainer's evaluations, by evaluation set (`None` if there is one set without a name) and optimizer step; an evaluation
     without verdicts is left out.
     """
     config, sets = trainer.args, trainer.eval_dataset
@@ -74,25 +76,21 @@ def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[int, dict[s
         found[name] = {
             log["step"]: measured(log, prefix, config.num_attempts_eval, num_problems)
             for log in trainer.state.log_history
-            if all(log.get(f"{prefix}_{metric}") is not None for metric in needed)
+            if all(log.get(f"{prefix}_{each}") is not None for each in needed)
         }
     return {name: steps for name, steps in found.items() if steps}
 
 
-def results(evaluations: dict[str | None, dict[int, dict]]) -> str | None:
+def tables(evaluations: dict[str | None, dict[int, dict]]) -> str | None:
     """A table for each evaluation set, in Markdown."""
-    tables = []
+    result = []
     for name, steps in evaluations.items():
         names = list(next(iter(steps.values())))
         rows = [["optimizer steps", *map(label, names)], ["---:"] * (len(names) + 1)]
-        rows += [[str(step), *(_cell(*found[metric]) for metric in names)] for step, found in steps.items()]
+        rows += [[str(step), *(metric(each).cell(found[each]) for each in names)] for step, found in steps.items()]
         heading = [] if name is None else [f"Evaluation set `{name}`:\n"]
-        tables.append("\n".join([*heading, *(f"| {' | '.join(row)} |" for row in rows)]))
-    return "\n\n".join(tables) or None
-
-
-def _cell(value: float, low: float, high: float) -> str:
-    return f"{value:.1f}" if np.isnan(low) else f"{value:.1f} [{low:.1f}, {high:.1f}]"
+        result.append("\n".join([*heading, *(f"| {' | '.join(row)} |" for row in rows)]))
+    return "\n\n".join(result) or None
 
 
 def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
@@ -129,7 +127,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
         eval_task=trainer.eval_task,
         model_id=config.hub_model_id or "path or Hub id of this model",
         instruction=json.dumps(config.correction_instruction, ensure_ascii=False),
-        results=results(evaluations),
+        results=tables(evaluations),
         num_problems=num_problems,
         num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         decoding="greedy decoding" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}",
@@ -154,7 +152,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
                 dataset_name=name or trainer.eval_task,
                 metric_type="accuracy",
                 metric_name=label(f"accuracy_t{k + 1}"),
-                metric_value=round(steps[max(steps)][f"accuracy_t{k + 1}"][0] / 100, 4),
+                metric_value=round(steps[max(steps)][f"accuracy_t{k + 1}"]["value"], 4),
             )
             for name, steps in evaluations.items()
             for k in range(config.num_attempts_eval)

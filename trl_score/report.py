@@ -15,8 +15,9 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from .evaluation import SETTINGS, Evaluation, load_evaluation
-from .metrics import label
+from .evaluation import Evaluation, load_evaluation
+from .metrics import metric
+from .records import SETTINGS
 from .scaling import SCALING
 
 
@@ -201,7 +202,9 @@ def scaling_figure(scalings: dict[str, list[dict]]) -> Figure:
 
 
 def _line(axes, x, found: list[dict], color: str, name: str) -> None:
-    values, low, high = ([100 * entry[key] for entry in found] for key in ("value", "low", "high"))
+    values, low, high = (
+        [np.nan if entry[key] is None else 100 * entry[key] for entry in found] for key in ("value", "low", "high")
+    )
     axes.plot(x, values, color=color, marker="o", markersize=3, label=name, linewidth=1.4)
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
@@ -237,15 +240,8 @@ def metric_rows(evaluations: dict[str, Evaluation]) -> list[dict]:
     names = list(dict.fromkeys(name for each in evaluations.values() for name in each.summary["metrics"]))
     rows = []
     for name in names:
-        factor, digits = (
-            (1, 0) if name.startswith("num_tokens") else (1, 2) if name == "edit_distance_ratio" else (100, 1)
-        )
-        cells = []
-        for evaluation in evaluations.values():
-            metric = evaluation.summary["metrics"].get(name)
-            shown = None if metric is None else {key: f"{factor * value:.{digits}f}" for key, value in metric.items()}
-            cells.append(shown)
-        rows.append({"label": label(name), "cells": cells})
+        cells = [metric(name).parts(each.summary["metrics"].get(name)) for each in evaluations.values()]
+        rows.append({"label": metric(name).label, "cells": cells})
     return rows
 
 
@@ -308,6 +304,8 @@ def write_report(
         .from_string(template)
         .render(
             evaluations=found.evaluations,
+            parts=lambda name, entry: metric(name).parts(entry),
+            label=lambda name: metric(name).label,
             rows=metric_rows(found.evaluations) if found.evaluations else [],
             figures=[(title, svg(figure)) for title, figure in made.values()],
             # Inside a script element only "<" could end it or begin a comment.

@@ -8,15 +8,19 @@ the user's turn with the instruction, generation prompt). An attempt is never de
 are trained are the tokens that were sampled.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 from trl import is_conversational
 from trl.chat_template_utils import parse_response
 
 
 SENTINEL = "ASSISTANT-TEXT-STANDS-HERE"
+SETTINGS_FILE = "score.json"
 
 
 @dataclass
@@ -121,13 +125,43 @@ def roll_out(
     return Rollouts(prompt_ids, attempts, bridges, logprobs)
 
 
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt, chat messages (with the generation prompt) or text, as in training."""
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], chat_template_kwargs: dict | None = None
+) -> list[int]:
+    """
+    Token ids of a prompt, chat messages (with the generation prompt) or text, as in training. `chat_template_kwargs` are further
+    arguments of the chat template.
+    """
     if not is_conversational({"prompt": prompt}):
         return tokenizer(text=prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    return tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )["input_ids"]
+
+
+def save_rollout_settings(
+    folder: str | Path, *, chat_template_kwargs: dict | None = None, correction_instruction: str | None = None
+) -> None:
+    """Write what a model's rollouts were rendered with to `score.json`, beside its weights or its adapter."""
+    settings = {"chat_template_kwargs": chat_template_kwargs or {}, "correction_instruction": correction_instruction}
+    Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
+
+
+def load_rollout_settings(name: str, **kwargs) -> dict:
+    """
+    What [`save_rollout_settings`] wrote: `chat_template_kwargs` and `correction_instruction`. Nothing for other models.
+
+    Args:
+        name (`str`):
+            Folder or Hub id of a model or an adapter.
+        **kwargs:
+            Where on the Hub: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
+    """
+    may_be_missing = dict.fromkeys(
+        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+    )
+    file = cached_file(name, SETTINGS_FILE, **may_be_missing, **kwargs)
+    return {} if file is None else json.loads(Path(file).read_text("utf-8"))
 
 
 def decode_attempts(tokenizer: PreTrainedTokenizerBase, prompts: list, rollouts: Rollouts, attempt: int) -> list:

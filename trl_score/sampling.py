@@ -1,37 +1,32 @@
 """Where attempts come from in an evaluation: transformers, vLLM, or a chat endpoint."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
+from urllib.parse import urlsplit
 
 import torch
-from accelerate import PartialState
 from huggingface_hub import InferenceClient
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from . import fingerprints
 from .cache import can_reuse_cache, reused_cache
-from .rollout import Bridge, decode_attempts, roll_out, tokenize_prompt
+from .decoding import Decoding, end_token_ids, keep_random_state, neutral_generation, with_end_token
+from .fingerprints import HUB_ARGUMENTS
+from .records import processes
+from .rollout import Bridge, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
 from .tasks.base import text_of
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """
-    How an attempt is decoded.
-
-    Args:
-        temperature (`float`, *optional*, defaults to `0.0`):
-            0 is greedy.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Nucleus.
-        max_completion_length (`int`, *optional*, defaults to `1024`):
-            Tokens of one attempt.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_completion_length: int = 1024
 
 
 @dataclass(frozen=True)
@@ -56,10 +51,17 @@ class Sampler(ABC):
             The model, for the results.
         backend (`str`):
             Key of `BACKENDS`.
+        decoding (`str`):
+            For the results: what shapes the distribution beside temperature and `top_p`.
     """
 
     name: str
     backend: str
+    decoding: str = "nothing else"
+
+    def identity(self) -> dict:
+        """For the results: which weights, tokenizer and chat template the attempts come from. Results of others are not reused."""
+        return {}
 
     @abstractmethod
     def length(self, prompt: str | list[dict]) -> int:
@@ -90,13 +92,37 @@ class Sampler(ABC):
 
 
 class TokenSampler(Sampler):
-    """The rollout of training: tokens in, tokens out. Subclasses write [`TokenSampler.generate`]."""
+    """
+    The rollout of training: tokens in, tokens out. Subclasses write [`TokenSampler.generate`].
+
+    Attributes:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        eos_token_ids (`set[int]`):
+            The tokens that end an attempt.
+        chat_template_kwargs (`dict`):
+            Further arguments of the chat template.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: set[int]
+    chat_template_kwargs: dict
+
+    def _set_tokenizer(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict, generation: GenerationConfig | None
+    ) -> None:
+        self.tokenizer = with_end_token(tokenizer, generation, self.name)
+        self.eos_token_ids = set(end_token_ids(self.tokenizer, generation))
+        self.chat_template_kwargs = chat_template_kwargs
+
+    def identity(self) -> dict:
+        return {
+            "tokenizer": fingerprints.of_tokenizer(self.tokenizer),
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
 
     def tokenize(self, prompt: str | list[dict]) -> list[int]:
-        return tokenize_prompt(self.tokenizer, prompt)
+        return tokenize_prompt(self.tokenizer, prompt, self.chat_template_kwargs)
 
     def length(self, prompt: str | list[dict]) -> int:
         return len(self.tokenize(prompt))
@@ -108,7 +134,7 @@ class TokenSampler(Sampler):
     def sample(
         self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
-        bridge = Bridge(self.tokenizer)
+        bridge = Bridge(self.tokenizer, self.chat_template_kwargs)
 
         def between(attempt, attempt_ids):
             return bridge(prompts, [instructions[attempt - 1]] * len(prompts), attempt, attempt_ids)
@@ -138,28 +164,45 @@ class TransformersSampler(TokenSampler):
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Its tokenizer; by default, the one saved with it.
         reuse_cache (`bool`, *optional*, defaults to `True`):
-            Go on from the key-value cache of the attempt before, where the model allows it.
+            Reuse the key-value cache of the attempt before, where the model allows it.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template; by default, those the model was trained with.
         **kwargs:
-            For `from_pretrained`: `dtype`, `revision`, `quantization_config`, `device_map`, ..
+            For `from_pretrained`: `dtype`, `revision`, `trust_remote_code`, `attn_implementation`, `quantization_config`, ..
     """
 
     backend = "transformers"
 
-    def __init__(self, model, tokenizer: PreTrainedTokenizerBase | None = None, reuse_cache: bool = True, **kwargs):
-        self.name = model if isinstance(model, str) else model.config._name_or_path
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reuse_cache: bool = True,
+        chat_template_kwargs: dict | None = None,
+        **kwargs,
+    ):
         if isinstance(model, str):
+            self.name = model
+            check_dtype(kwargs)
+            tokenizer, chat_template_kwargs = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
             kwargs.setdefault("device_map", self._device_map())
-            revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **revision)
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        self.model: PreTrainedModel = model
-        self.tokenizer = tokenizer
+        else:
+            self.name = model.config._name_or_path
+            if kwargs.keys() - {"trust_remote_code", "token"}:
+                raise ValueError(
+                    f"`{sorted(kwargs)[0]}` is for a model that is loaded by its name, but `model` is a model already. Leave it out, "
+                    "or load the model with it."
+                )
+            commit = getattr(model.config, "_commit_hash", None)
+            revision = {} if commit is None else {"revision": commit}
+            tokenizer, chat_template_kwargs = load_rendering(
+                self.name, tokenizer, chat_template_kwargs, **revision, **kwargs
+            )
+        self.model = model
+        self._set_tokenizer(tokenizer, chat_template_kwargs, model.generation_config)
+        tokenizer = self.tokenizer
         self.reuse_cache = reuse_cache and can_reuse_cache(model)
-        eos = model.generation_config.eos_token_id
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        self.eos_token_ids = {tokenizer.eos_token_id, *eos}
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @staticmethod
@@ -167,13 +210,21 @@ class TransformersSampler(TokenSampler):
         """All GPUs for one process; of several processes each has its own."""
         if not torch.cuda.is_available():
             return None
-        state = PartialState()
+        state = processes()
         return "auto" if state.num_processes == 1 else {"": state.local_process_index}
+
+    def identity(self) -> dict:
+        return {
+            **super().identity(),
+            "weights": fingerprints.of_model(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "quantization": _plain(getattr(self.model.config, "quantization_config", None)),
+        }
 
     def sample(
         self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
-        with reused_cache(self.model) if self.reuse_cache else nullcontext():
+        with neutral_generation(self.model), reused_cache(self.model) if self.reuse_cache else nullcontext():
             return super().sample(prompts, instructions, decoding, seed, given)
 
     def generate(self, contexts: list[list[int]], decoding: Decoding, seed: int) -> list[list[int]]:
@@ -184,21 +235,15 @@ class TransformersSampler(TokenSampler):
             [left + ids for left, ids in zip(pad, contexts, strict=True)], device=device
         )  # (B, T)
         mask = torch.tensor([[0] * len(left) + [1] * (longest - len(left)) for left in pad], device=device)
-        how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if decoding.temperature > 0:
-            how = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-        set_seed(seed)
         training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode():
+            with keep_random_state(), neutral_generation(self.model), torch.inference_mode():
+                torch.manual_seed(seed)
                 output = self.model.generate(
                     input_ids=input_ids,
                     attention_mask=mask,
-                    max_new_tokens=decoding.max_completion_length,
-                    eos_token_id=list(self.eos_token_ids),
-                    pad_token_id=self.pad_token_id,
-                    **how,
+                    generation_config=decoding.generation_config(sorted(self.eos_token_ids), self.pad_token_id),
                 )
         finally:
             self.model.train(training)
@@ -211,28 +256,41 @@ class TransformersSampler(TokenSampler):
 
 class VLLMSampler(TokenSampler):
     """
-    vLLM in this process.
+    vLLM in this process. Its `SamplingParams` are built from nothing, so that of the checkpoint's `generation_config.json` only
+    the end tokens are used.
 
     Args:
         model (`str`):
             Hub id or folder.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Its tokenizer.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template; by default, those the model was trained with.
         **kwargs:
-            For `vllm.LLM`: `dtype`, `revision`, `tensor_parallel_size`, `gpu_memory_utilization`, ..
+            For `vllm.LLM`: `dtype`, `revision`, `trust_remote_code`, `tensor_parallel_size`, `gpu_memory_utilization`, ..
     """
 
     backend = "vllm"
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs):
-        self.name = model
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        self.name, self.kwargs = model, kwargs
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise ImportError("`backend='vllm'` needs vLLM: pip install 'trl-score[vllm]'.") from error
+        check_dtype(kwargs)
+        rendering = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
+        self._set_tokenizer(*rendering, _generation_config(model, **kwargs))
         self.sampling_params, self.llm = SamplingParams, LLM(model=model, **kwargs)
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        self.eos_token_ids = {self.tokenizer.eos_token_id}
+
+    def identity(self) -> dict:
+        return super().identity() | checkpoint_identity(self.name, **self.kwargs)
 
     def generate(self, contexts: list[list[int]], decoding: Decoding, seed: int) -> list[list[int]]:
         params = [
@@ -240,18 +298,30 @@ class VLLMSampler(TokenSampler):
                 temperature=decoding.temperature,
                 top_p=decoding.top_p,
                 max_tokens=decoding.max_completion_length,
+                stop_token_ids=sorted(self.eos_token_ids),
                 seed=seed * 1_000_003 + i,
             )
             for i in range(len(contexts))
         ]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in contexts], params, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        attempts = [output.outputs[0] for output in outputs]
+        # vLLM may know end tokens that the checkpoint's files do not name.
+        self.eos_token_ids |= {
+            each.token_ids[-1]
+            for each in attempts
+            if getattr(each, "finish_reason", None) == "stop" and each.token_ids
+        }
+        return [list(attempt.token_ids) for attempt in attempts]
 
 
 class EndpointSampler(Sampler):
     """
     An OpenAI-compatible chat endpoint, by `huggingface_hub.InferenceClient`: the endpoint applies the chat template, so
     attempts go back to it as text. For a model of one's own, the token-exact samplers are closer to training.
+
+    A request says `temperature`, `top_p` and `frequency_penalty=0`. Whatever else shapes the distribution (`top_k`, `min_p`,
+    `repetition_penalty`) is the server's: there is no standard name for it, and some servers refuse names that they do not know.
+    `extra_body` sends more, such as `{"top_k": -1, "min_p": 0, "repetition_penalty": 1}` to a server of vLLM.
 
     Args:
         model (`str`):
@@ -260,15 +330,34 @@ class EndpointSampler(Sampler):
             The endpoint; by default, the Hub's inference providers.
         max_concurrency (`int`, *optional*, defaults to `16`):
             Requests at a time.
+        chat_template_kwargs (`dict`, *optional*):
+            Sent with each request: further arguments of the chat template, where the server takes them (vLLM, SGLang,
+            `transformers serve`).
+        extra_body (`dict`, *optional*):
+            Further fields of each request.
         **kwargs:
             For `InferenceClient`: `api_key`, `provider`, `timeout`, ..
     """
 
     backend = "endpoint"
+    decoding = "what the server adds"
 
-    def __init__(self, model: str, base_url: str | None = None, max_concurrency: int = 16, **kwargs):
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        max_concurrency: int = 16,
+        chat_template_kwargs: dict | None = None,
+        extra_body: dict | None = None,
+        **kwargs,
+    ):
         self.name, self.max_concurrency = model, max_concurrency
+        self.chat_template_kwargs, self.extra_body = chat_template_kwargs or {}, extra_body or {}
+        self.where = _endpoint(base_url, **kwargs)
         self.client = InferenceClient(base_url=base_url, **kwargs) if base_url else InferenceClient(model, **kwargs)
+
+    def identity(self) -> dict:
+        return _endpoint_identity(self.where, self.chat_template_kwargs, self.extra_body)
 
     def length(self, prompt: str | list[dict]) -> int:
         return len(str(prompt))
@@ -276,6 +365,10 @@ class EndpointSampler(Sampler):
     def sample(
         self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
+        body = dict(self.extra_body)
+        if self.chat_template_kwargs:
+            body["chat_template_kwargs"] = self.chat_template_kwargs
+
         def one(i: int) -> list[Attempt]:
             prompt = prompts[i]
             messages = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -287,7 +380,9 @@ class EndpointSampler(Sampler):
                     max_tokens=decoding.max_completion_length,
                     temperature=decoding.temperature,
                     top_p=decoding.top_p,
-                    seed=seed * 1_000_003 + i,
+                    frequency_penalty=0.0,
+                    seed=(seed * 1_000_003 + i) % 2**31,
+                    **({"extra_body": body} if body else {}),
                 )
                 choice = answer.choices[0]
                 text = choice.message.content or ""
@@ -305,19 +400,122 @@ class EndpointSampler(Sampler):
 BACKENDS = {"transformers": TransformersSampler, "vllm": VLLMSampler, "endpoint": EndpointSampler}
 
 
-def name_of(model) -> str:
-    """What results call a model, its name or a sampler."""
-    return (
-        model if isinstance(model, str) else model.name if isinstance(model, Sampler) else model.config._name_or_path
-    )
+def open_model(
+    model,
+    backend: str = "transformers",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat_template_kwargs: dict | None = None,
+    **kwargs,
+) -> tuple[dict, Callable[[], Sampler]]:
+    """
+    What attempts of a model belong to, for the results, and a function that loads the model once it is needed. A name is told
+    from others by its files, a model in memory by its weights.
 
+    Args:
+        model (`str`, `PreTrainedModel` or [`Sampler`]):
+            See [`~trl_score.evaluation.evaluate_self_correction`].
 
-def as_sampler(
-    model, backend: str = "transformers", tokenizer: PreTrainedTokenizerBase | None = None, **kwargs
-) -> Sampler:
-    """The sampler that `model` is, or the one of a model or of a name."""
-    if isinstance(model, Sampler):
-        return model
+    Raises:
+        `OSError`: If there is no model of that name.
+        `ValueError`: If an argument has no meaning with this kind of model.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}. Expected one of: {sorted(BACKENDS)}.")
     if not isinstance(model, str):
-        return TransformersSampler(model, tokenizer)
-    return BACKENDS[backend](model, **({} if tokenizer is None else {"tokenizer": tokenizer}), **kwargs)
+        given = {"tokenizer": tokenizer, "chat_template_kwargs": chat_template_kwargs} | kwargs
+        given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(model, Sampler) and given:
+            raise ValueError(
+                f"`{min(given)}` is for a model, but `model` is a sampler, which has its own. Give it to the sampler."
+            )
+        sampler = model if isinstance(model, Sampler) else TransformersSampler(model, **given)
+        shared = {"model": sampler.name, "backend": sampler.backend, "decoding": sampler.decoding}
+        return shared | sampler.identity(), lambda: sampler
+    kind = BACKENDS[backend]
+    shared = {"model": model, "backend": backend, "decoding": kind.decoding}
+    if kind is EndpointSampler:
+        if tokenizer is not None:
+            raise ValueError("An endpoint has its own tokenizer. Leave `tokenizer` out.")
+        where, body = _endpoint(**kwargs), kwargs.get("extra_body") or {}
+        shared |= _endpoint_identity(where, chat_template_kwargs or {}, body)
+        kwargs["chat_template_kwargs"] = chat_template_kwargs
+    else:
+        check_dtype(kwargs)
+        try:
+            shared |= checkpoint_identity(model, **kwargs)
+            tokenizer, chat_template_kwargs = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
+        except OSError as error:
+            raise OSError(
+                f"The model '{model}' is not available: {str(error).splitlines()[0]} Give a folder or a Hub id."
+            ) from error
+        tokenizer = with_end_token(tokenizer, _generation_config(model, **kwargs), model)
+        shared |= {
+            "tokenizer": fingerprints.of_tokenizer(tokenizer),
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        kwargs |= {"tokenizer": tokenizer, "chat_template_kwargs": chat_template_kwargs}
+    return shared, cache(partial(kind, model, **kwargs))
+
+
+def load_rendering(
+    name: str, tokenizer: PreTrainedTokenizerBase | None, chat_template_kwargs: dict | None, **kwargs
+) -> tuple[PreTrainedTokenizerBase, dict]:
+    """A model's tokenizer, and the arguments of its chat template: the given ones, else those that belong to the model."""
+    where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    if chat_template_kwargs is None:
+        chat_template_kwargs = load_rollout_settings(name, **where).get("chat_template_kwargs", {})
+    if tokenizer is None:
+        code = {"trust_remote_code": True} if kwargs.get("trust_remote_code") else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, **where, **code)
+    return tokenizer, dict(chat_template_kwargs)
+
+
+def _generation_config(name: str, **kwargs) -> GenerationConfig | None:
+    """Of a model that is not loaded; `None` where it has none and its configuration names no end tokens."""
+    where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    try:
+        return GenerationConfig.from_pretrained(name, **where)
+    except OSError:  # an adapter, or a model that has no such file
+        try:
+            code = {"trust_remote_code": True} if kwargs.get("trust_remote_code") else {}
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **where, **code))
+        except (OSError, ValueError):
+            return None
+
+
+def checkpoint_identity(name: str, **kwargs) -> dict:
+    """Of a model that is not loaded: `weights`, `dtype` and `quantization`, for the results."""
+    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
+    return {
+        "weights": fingerprints.of_checkpoint(name, **kwargs),
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": _plain(kwargs.get("quantization_config") or kwargs.get("quantization")),
+    }
+
+
+def _endpoint(base_url: str | None = None, **kwargs) -> str:
+    """Where requests go to, without a password that the address may hold."""
+    if base_url is None:
+        return f"inference provider {kwargs.get('provider') or 'auto'}"
+    return urlsplit(base_url)._replace(netloc=urlsplit(base_url).netloc.rpartition("@")[2]).geturl()
+
+
+def _endpoint_identity(where: str, chat_template_kwargs: dict, extra_body: dict) -> dict:
+    return {"weights": where, "chat_template_kwargs": chat_template_kwargs, "extra_body": extra_body}
+
+
+def _plain(quantization) -> dict | str | None:
+    """A configuration as the results file has it."""
+    return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+
+
+def check_dtype(kwargs: dict) -> None:
+    """
+    Raises:
+        `ValueError`: If `dtype` is no type of weights.
+    """
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(
+            f"`dtype={dtype!r}` is no type of weights. Set it to 'bfloat16', 'float16', 'float32' or 'auto'."
+        )

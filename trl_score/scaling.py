@@ -3,19 +3,18 @@ Inference-compute scaling (Section 6.2): at the same number of samples, is it be
 correct half as many and vote over the corrections?
 """
 
-import json
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from .evaluation import Store, evaluate_self_correction, run
-from .metrics import bootstrap_intervals
-from .sampling import Decoding, as_sampler
-from .tasks import Task, get_task
-from .tasks.base import first
+from .evaluation import Job, as_task, evaluate, sample_rollouts
+from .metrics import bootstrap_intervals, metric
+from .records import processes, strict_json
+from .sampling import open_model
+from .tasks import Task
 
 
 SCALING = "scaling.json"
@@ -92,6 +91,7 @@ def inference_scaling(
     max_completion_length: int = 1024,
     split: str = "test",
     correction_instruction: str | None = None,
+    chat_template_kwargs: dict | None = None,
     batch_size: int = 32,
     limit: int | None = None,
     seed: int = 42,
@@ -110,10 +110,10 @@ def inference_scaling(
         max_budget (`int`, *optional*, defaults to `64`):
             Samples per problem, a power of 2.
         output_dir (`str`):
-            Folder for the rollouts (`corrected/`, `parallel/`) and `scaling.json`. One that was started with the same
-            settings is finished.
+            Folder for the rollouts (`corrected/`, `parallel/`) and `scaling.json`. Rollouts that it holds are reused if they are
+            of the same model, decoding and problems.
         model, task, **kwargs:
-            And the other arguments as for [`~trl_score.evaluation.evaluate_self_correction`].
+            These and the other arguments are described for [`~trl_score.evaluation.evaluate_self_correction`].
 
     Returns:
         `list[dict]`: for each budget `budget`, `parallel` and `corrected`, each with `value`, `low` and `high` (accuracy and
@@ -128,34 +128,43 @@ def inference_scaling(
         raise ValueError(
             f"`temperature={temperature}`: a vote needs samples that differ. Set it above 0; the paper uses 0.7."
         )
-    if isinstance(task, str):
-        task = get_task(task, data_dir=data_dir)
+    task = as_task(task, data_dir)
     if task.num_given_attempts:
         raise ValueError(f"'{task.name}' gives the first attempts, so there is nothing to vote over in parallel.")
-    sampler = as_sampler(model, backend, tokenizer, **kwargs)
-    folder, decoding = Path(output_dir), Decoding(temperature, top_p, max_completion_length)
-    shared = {
-        "split": split,
-        "correction_instruction": correction_instruction,
-        "batch_size": batch_size,
-        "limit": limit,
-    }
-    corrected = evaluate_self_correction(
-        sampler,
+    job = Job.of(
         task,
-        **shared,
-        **asdict(decoding),
+        correction_instruction,
+        split=split,
+        num_attempts=2,
         num_samples=max_budget // 2,
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        batch_size=batch_size,
         seed=seed,
-        output_dir=folder / "corrected",
     )
-    rows = first(task.load(split), limit)
-    others = Store(folder / "parallel", {**corrected.settings, "num_attempts": 1, "seed": seed + 1})
-    instruction = correction_instruction or task.correction_instruction
-    run(lambda: sampler, task, rows, max_budget // 2, others, [instruction], 1, decoding, batch_size, seed + 1)
+    source = open_model(model, backend, tokenizer, chat_template_kwargs, **kwargs)
+    folder = Path(output_dir)
+    corrected = evaluate(job, task, limit, source, folder / "corrected")
+    parallel = replace(job, num_attempts=1, seed=seed + 1)
+    _, others = sample_rollouts(parallel, task, limit, source, folder / "parallel")
     result = votes(task, corrected.rollouts, others.all_rollouts(), max_budget)
-    (folder / SCALING).write_text(json.dumps({"settings": corrected.settings, "budgets": result}, indent=2), "utf-8")
+    if processes().is_main_process:
+        study = {"settings": corrected.settings, "budgets": result}
+        (folder / SCALING).write_text(strict_json(study), "utf-8")
     return result
+
+
+def table(budgets: list[dict]) -> str:
+    """The result of [`inference_scaling`] in Markdown, in percent."""
+    lines = [
+        "| samples per problem | vote over first attempts | vote over corrected attempts |",
+        "|---:|---:|---:|",
+    ]
+    for row in budgets:
+        cells = [metric("accuracy").cell(row[kind]) for kind in ("parallel", "corrected")]
+        lines.append(f"| {row['budget']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Accuracy of the vote in percent. In brackets: 95 % intervals over problems."])
 
 
 def votes(task: Task, corrected: list[dict], parallel: list[dict], max_budget: int) -> list[dict]:

@@ -1,6 +1,11 @@
-"""The self-correction metrics of Section 3 and the edit-distance ratio of Section 4, and how sure they are."""
+"""
+The self-correction metrics of Section 3 and the edit-distance ratio of Section 4, how sure they are, and how they are shown. Files
+and logs hold shares, from 0 to 1; tables show percent.
+"""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -157,17 +162,65 @@ def mcnemar(first: Sequence[bool], last: Sequence[bool]) -> float:
     return float(binomtest(corrected, corrected + broken).pvalue) if corrected + broken else 1.0
 
 
+@dataclass(frozen=True)
+class Metric:
+    """
+    How a metric is shown, in every table and figure.
+
+    Attributes:
+        label (`str`):
+            Its name, as the paper writes it.
+        unit (`str`):
+            The unit in tables: `"%"`, `"tokens"`, or none for a ratio.
+        digits (`int`):
+            Digits after the point.
+    """
+
+    label: str
+    unit: str = "%"
+    digits: int = 1
+
+    def number(self, value: float | None) -> str:
+        """A value in the metric's unit; empty where there is none."""
+        if value is None or not math.isfinite(value):
+            return ""
+        return f"{round((100 if self.unit == '%' else 1) * value, self.digits) + 0.0:.{self.digits}f}"  # no minus zero
+
+    def parts(self, found: "float | Mapping[str, float | None] | None") -> tuple[str, str]:
+        """A value, or one with its limits (`value`, `low`, `high`), as two texts: the value, and the interval in brackets."""
+        if not isinstance(found, Mapping):
+            found = {"value": found}
+        value, low, high = (self.number(found.get(key)) for key in ("value", "low", "high"))
+        return value, f"[{low}, {high}]" if value and low and high else ""
+
+    def cell(self, found: "float | Mapping[str, float | None] | None") -> str:
+        """The cell of a table: [`Metric.parts`] side by side."""
+        return " ".join(filter(None, self.parts(found)))
+
+
+_FIXED = {
+    "delta_i_to_c": Metric("Δ(i→c)"),
+    "delta_c_to_i": Metric("Δ(c→i)"),
+    "correction_rate": Metric("corrected, of the wrong ones"),
+    "edit_distance_ratio": Metric("edit-distance ratio", "", 2),
+    "changed_answers": Metric("changed answers"),
+    "changed_ratio": Metric("changed"),
+}
+
+
+def metric(name: str) -> Metric:
+    """A metric by its name in logs and files, such as `accuracy_t1`."""
+    if name in _FIXED:
+        return _FIXED[name]
+    kind, _, attempts = name.partition("_")
+    if kind == "delta":
+        return Metric(f"Δ({','.join(attempts.split('_'))})")
+    if kind == "num":
+        return Metric(f"tokens @{attempts.removeprefix('tokens_')}", "tokens", 0)
+    known = {"accuracy": "Accuracy@", "truncated": "cut off @"}
+    return Metric(f"{known[kind]}{attempts}" if kind in known else name)
+
+
 def label(name: str) -> str:
     """A metric's name as the paper writes it."""
-    if name.startswith("accuracy_"):
-        return f"Accuracy@{name.removeprefix('accuracy_')}"
-    if name.startswith("delta_t"):
-        return f"Δ({','.join(name.removeprefix('delta_').split('_'))})"
-    fixed = {
-        "delta_i_to_c": "Δ(i→c)",
-        "delta_c_to_i": "Δ(c→i)",
-        "correction_rate": "corrected, of the wrong ones",
-        "edit_distance_ratio": "edit-distance ratio",
-        "changed_answers": "changed answers",
-    }
-    return fixed.get(name, name.replace("truncated_", "cut off @").replace("num_tokens_", "tokens @"))
+    return metric(name).label

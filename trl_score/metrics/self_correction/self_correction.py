@@ -37,7 +37,7 @@ class SelfCorrection(evaluate.Metric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
+            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
             homepage="https://huggingface.co/papers/2409.12917",
         )
 
@@ -45,7 +45,7 @@ class SelfCorrection(evaluate.Metric):
         lengths = {len(row) for row in predictions}
         if len(lengths) != 1 or min(lengths) < 2:
             raise ValueError(f"Every rollout needs the same number of attempts, two or more; got {sorted(lengths)}.")
-        correct = torch.tensor(predictions)
+        correct = torch.tensor(predictions, dtype=torch.float64)
         values = {name: value.mean().item() for name, value in self_correction_values(correct).items()}
         wrong = 1 - values["accuracy_t1"]
         return {

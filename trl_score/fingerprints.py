@@ -1,0 +1,118 @@
+"""
+Which model, tokenizer and problems a result belongs to: fingerprints, so that results of others are not reused.
+
+Files and weights are read in full. That is what loading a model does anyway, at one to two gigabytes per second, and it takes
+seconds where sampling takes minutes. Sizes and dates would miss a model that was trained further and saved where it was.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+"""Arguments of `from_pretrained` that say which files are meant."""
+
+# What a model is made of. Other files of its folder (the model card, the trainer's state, results) change nothing.
+MODEL_FILES = (
+    *("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.py", "*.gguf"),
+    *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_model.bin"),
+)
+NOT_OF_THE_FUNCTION = {"_name_or_path", "transformers_version", "use_cache", "pad_token_id", "dtype"}
+
+
+def fingerprint(*parts) -> str:
+    """64 bits of a hash, in hexadecimal."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def of_rows(rows: Dataset) -> list[str]:
+    """One for each problem, of all its columns."""
+    return [fingerprint(row) for row in rows]
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """
+    Of a tokenizer: `vocabulary` (which id is which token), `rules` (how text becomes tokens) and `chat_template`.
+    """
+    rules = None
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        for state_of_the_last_call in ("padding", "truncation"):
+            rules.pop(state_of_the_last_call, None)
+    return {
+        "vocabulary": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "rules": fingerprint(rules, tokenizer.eos_token_id, tokenizer.bos_token_id),
+        "chat_template": fingerprint(tokenizer.chat_template),
+    }
+
+
+def of_checkpoint(name: str, **kwargs) -> str:
+    """
+    Of a folder, the content of the model's files; on the Hub, the commit. Of an adapter, its own and its base model's.
+
+    Args:
+        name (`str`):
+            Folder or Hub id.
+        **kwargs:
+            Arguments of `from_pretrained`, of which `revision`, `subfolder`, .. count.
+
+    Raises:
+        `OSError`: If there is no such model.
+    """
+    where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    folder = Path(name, where.get("subfolder", ""))
+    if folder.is_dir():
+        own, adapter = _of_folder(folder), folder / "adapter_config.json"
+        adapter = adapter if adapter.exists() and not (folder / "config.json").exists() else None
+    else:
+        adapter = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **where)
+        own = extract_commit_hash(adapter or cached_file(name, "config.json", **where), None)
+    if adapter is None:
+        return own
+    base = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+    return f"{own} on {of_checkpoint(base, **{name: value for name, value in where.items() if name != 'subfolder'})}"
+
+
+def _of_folder(folder: Path) -> str:
+    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
+    stats = [(file, file.stat()) for file in files]
+    digests = [(file.name, _digest(file.resolve(), stat.st_size, stat.st_mtime_ns)) for file, stat in stats]
+    generation = folder / "generation_config.json"  # only its end tokens are used
+    ends = json.loads(generation.read_text("utf-8")).get("eos_token_id") if generation.exists() else None
+    return fingerprint(digests, ends)
+
+
+@functools.cache
+def _digest(file: Path, size: int, modified: int) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def of_model(model: PreTrainedModel | PeftModel) -> str:
+    """Of a model in memory: its configuration, its weights, and which adapters are on."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_THE_FUNCTION}
+    digest = hashlib.sha256(fingerprint(config).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        if not isinstance(value, Tensor):
+            digest.update(repr(value).encode())
+            continue
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        if value.device.type != "meta":  # offloaded to the disk
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            state = (module.disable_adapters, module.active_adapters, getattr(module, "scaling", None))
+            digest.update(f"{name} {state}".encode())
+    return digest.hexdigest()[:16]
