@@ -14,6 +14,7 @@ from test_score_trainer import move, rollouts
 from transformers import GenerationConfig
 
 from trl_score import SCoReConfig
+from trl_score.sampling import TransformersSampler
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
@@ -263,3 +264,13 @@ def test_how_often_the_bonus_leaves_out_a_function_is_logged(make_letters_traine
     trainer.train()
     assert trainer.state.log_history[0]["bonus_abstained_ratio"] == 0.25
     assert set(trainer._logs["extra"]["advantage/attempt_2"]) == {0.0}
+
+
+def test_trained_model_brings_its_chat_template_arguments(make_arithmetic_trainer, tmp_path):
+    """Evaluation by `trl-score evaluate` renders the attempts as training did, with nothing to repeat."""
+    trainer = make_arithmetic_trainer(chat_template_kwargs={"enable_thinking": False}, max_steps=1)
+    trainer.save_model(str(tmp_path / "model"))
+    sampler = TransformersSampler(str(tmp_path / "model"))
+    assert sampler.chat_template_kwargs == {"enable_thinking": False}
+    other = TransformersSampler(str(tmp_path / "model"), chat_template_kwargs={"enable_thinking": True})
+    assert other.chat_template_kwargs == {"enable_thinking": True}

@@ -48,7 +48,7 @@ from .objective import (
 )
 from .padding import ScoredTokens, by_length, width
 from .quantization import keep_differentiable
-from .rollout import Bridge, decode_attempts, roll_out
+from .rollout import Bridge, decode_attempts, roll_out, save_rollout_settings
 from .score_config import TECHNICAL_GENERATION_KWARGS, SCoReConfig
 from .tasks.base import text_of
 from .tasks.math import CORRECTION_INSTRUCTION
@@ -690,6 +690,11 @@ class SCoReTrainer(GRPOTrainer):
             super()._save(output_dir, state_dict)
         finally:
             delattr(self.model.config, TRAINED_FLAG)
+        save_rollout_settings(
+            output_dir or self.args.output_dir,
+            chat_template_kwargs=self.chat_template_kwargs,
+            correction_instruction=self.args.correction_instruction,
+        )
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         model_name = model_name or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
