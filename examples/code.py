@@ -43,7 +43,16 @@ def main():
     task_args.task = task_args.task or "mbpp"
     task, train_rows, eval_rows = load_task(task_args)
     names = (task.name, task_args.eval_task)
-    train(train_rows, eval_rows, task.reward, args, model_args, task.correction_instruction, *names)
+    train(
+        train_rows,
+        eval_rows,
+        task.reward,
+        args,
+        model_args,
+        task.correction_instruction,
+        *names,
+        task_args.callbacks(),
+    )
 
 
 if __name__ == "__main__":

@@ -85,13 +85,22 @@ def main():
         if task_args.task == Arithmetic.name and model_args.model_name_or_path is None:
             model_args.model_name_or_path = str(BASE_MODEL_PATH)
         names = (task.name, task_args.eval_task)
-        train(train_rows, eval_rows, task.reward, args, model_args, task.correction_instruction, *names)
+        train(
+            train_rows,
+            eval_rows,
+            task.reward,
+            args,
+            model_args,
+            task.correction_instruction,
+            *names,
+            task_args.callbacks(),
+        )
     else:
         rows = load_rows(script_args)
         eval_rows = rows.get(script_args.dataset_test_split)
         eval_rows = None if eval_rows is None else first(eval_rows, task_args.num_eval_problems)
         train_rows = first(rows[script_args.dataset_train_split], task_args.num_train_problems)
-        train(train_rows, eval_rows, reward, args, model_args)
+        train(train_rows, eval_rows, reward, args, model_args, callbacks=task_args.callbacks())
 
 
 if __name__ == "__main__":

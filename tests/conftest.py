@@ -1,7 +1,9 @@
 import os
+import tempfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never touch a hub
+os.environ.setdefault("TRACKIO_DIR", os.path.join(tempfile.gettempdir(), "trl-score-tests-trackio"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # they share the cores
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])

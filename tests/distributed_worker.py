@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import AutoConfig, set_seed
 
-from trl_score import SCoReConfig, SCoReTrainer
+from trl_score import KeepBestCheckpoint, SCoReConfig, SCoReTrainer
 from trl_score.checks import TRAINED_FLAG
 from trl_score.evaluation import disconnect
 from trl_score.tasks import Arithmetic
@@ -52,9 +53,11 @@ def main():
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     with_lora, generated = settings.pop("lora", False), settings.pop("generated", False)
     num_test, evaluate_only = settings.pop("num_test", 8), settings.pop("evaluate_only", False)
+    # nodes: no process sees another one's files
+    best, nodes = settings.pop("best", False), settings.pop("nodes", False)
     config = SCoReConfig(
         **{
-            "output_dir": str(folder / "out"),
+            "output_dir": str(folder / (f"out{os.environ['RANK']}" if nodes else "out")),
             "correction_instruction": Arithmetic.correction_instruction,
             "max_completion_length": 8,
             "learning_rate": 0.1,
@@ -83,6 +86,7 @@ def main():
         train_dataset=task.load("train"),
         eval_dataset=task.load("test"),
         peft_config=LoraConfig(r=4) if with_lora else None,
+        callbacks=[KeepBestCheckpoint(1, load_at_end=True)] if best else None,
     )
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     if evaluate_only:
@@ -95,6 +99,8 @@ def main():
     trainer.train()
     # What the model is in the end is what was saved, whatever holds the weights in which pieces.
     trainer.save_model(str(folder / "model"))
+    if nodes:
+        save_file(trainer.model.state_dict(), folder / f"rank{os.environ['RANK']}.safetensors")
     if generated:
         trainer.evaluate()
     if trainer.is_world_process_zero():

@@ -149,6 +149,22 @@ def test_attempts_are_generated_from_shards(tmp_path, backend, make_arithmetic_t
             assert got[f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"]), key
 
 
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_the_first_process_decides_on_the_best_checkpoint(tmp_path, backend):
+    """With DDP the processes are like nodes that see only their own files."""
+    nodes = backend == "ddp"
+    settings = {"best": True, "nodes": nodes, "save_strategy": "steps", "save_steps": 1, "stage1_steps": 0}
+    _, saved = run(tmp_path / "two", 2, backend, per_device_train_batch_size=2, num_generations=4, **settings)
+    kept = tmp_path / "two" / ("out0" if nodes else "out") / "_best-stage2"
+    assert json.loads((kept / "best.json").read_text())["step"] < STEPS  # not what the model is in the end anyway
+    best = load_file(kept / "model.safetensors")
+    ranks = [load_file(tmp_path / "two" / f"rank{rank}.safetensors") for rank in range(2)] if nodes else []
+    assert not nodes or not (tmp_path / "two" / "out1" / "_best-stage2").exists()
+    for weights in [saved, *ranks]:
+        for name, value in best.items():
+            assert torch.equal(weights[name], value), name
+
+
 SHORT_RUN = """
     --task arithmetic --max_steps 2 --stage1_steps 1 --per_device_train_batch_size 8 --max_completion_length 8
     --num_train_problems 16 --num_eval_problems 8 --per_device_eval_batch_size 4

@@ -15,7 +15,7 @@ from datasets import Dataset
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
 import trl_score
-from trl_score import SCoReConfig
+from trl_score import CollapseAlarm, SCoReConfig
 from trl_score.baselines import BaselineArguments
 from trl_score.tasks import sources
 from trl_score.training import TrainArguments
@@ -39,7 +39,8 @@ def test_every_field_has_help_and_a_docstring():
 
 
 def test_every_logged_key_is_documented_and_the_other_way_round(make_arithmetic_trainer):
-    trainer = make_arithmetic_trainer(max_steps=1, stage1_steps=1, num_attempts=3, adaptive_stage1_beta=True)
+    settings = {"max_steps": 1, "stage1_steps": 1, "num_attempts": 3, "adaptive_stage1_beta": True}
+    trainer = make_arithmetic_trainer({"callbacks": [CollapseAlarm()]}, **settings)
     trainer.train()
     text = (ROOT / "docs" / "metrics.md").read_text()
     documented = set(re.findall(r"^\| `([^`]+)` \|", text, re.M))
@@ -150,6 +151,8 @@ def test_recipes_of_schedules_run(make_arithmetic_trainer):
 def test_version_is_public():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", trl_score.__version__)
     assert set(trl_score.__all__) == {
+        "CollapseAlarm",
+        "KeepBestCheckpoint",
         "SCoReConfig",
         "SCoReTrainer",
         "__version__",

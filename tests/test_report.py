@@ -59,6 +59,7 @@ def folders(tmp_path):
         tmp_path / "score", "/home/someone/secret/score", [[False, True]] * 4, {1: [HOSTILE, HOSTILE + "!"]}
     )
     save_run(tmp_path / "run")
+    save_run(tmp_path / "run" / "_best-stage2")  # a copy of a checkpoint, not a run
     (tmp_path / "scale").mkdir()
     entry = {"value": 0.5, "low": 0.4, "high": 0.6}
     budgets = [{"budget": b, "parallel": entry, "corrected": entry} for b in (2, 4)]

@@ -7,12 +7,15 @@ from ._version import __version__
 
 
 if TYPE_CHECKING:
+    from .callbacks import CollapseAlarm, KeepBestCheckpoint
     from .evaluation import evaluate_self_correction
     from .scaling import inference_scaling
     from .score_config import SCoReConfig
     from .score_trainer import SCoReTrainer
 
 _MODULES = {
+    "CollapseAlarm": "callbacks",
+    "KeepBestCheckpoint": "callbacks",
     "SCoReConfig": "score_config",
     "SCoReTrainer": "score_trainer",
     "evaluate_self_correction": "evaluation",
@@ -27,4 +30,12 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["SCoReConfig", "SCoReTrainer", "__version__", "evaluate_self_correction", "inference_scaling"]
+__all__ = [
+    "CollapseAlarm",
+    "KeepBestCheckpoint",
+    "SCoReConfig",
+    "SCoReTrainer",
+    "__version__",
+    "evaluate_self_correction",
+    "inference_scaling",
+]

@@ -1,12 +1,19 @@
-"""What watches a training run: an alarm for collapse, and the checkpoint with the highest reward."""
+"""Callbacks of a training run: the alarm for collapse, the best checkpoint of each stage, and trackers that may fail."""
 
 import json
 import logging
-import os
+import math
+import secrets
 import shutil
+from functools import wraps
+from itertools import count
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer_callback import ExportableState
 
 
 logger = logging.getLogger(__name__)
@@ -14,105 +21,140 @@ logger = logging.getLogger(__name__)
 CHANGED_AT_LEAST = 0.01  # share of attempts that differ from the one before
 CORRECTED_AT_LEAST = 0.002  # share of rollouts
 BEST = "best.json"
+ADVICE = {
+    1: "A longer Stage I does not help here. Try another `correction_instruction` (measure how often the base model corrects "
+    "itself with it), another `temperature`, or a lower `learning_rate`.",
+    2: "Try a longer Stage I (`stage1_steps`), a larger bonus (`alpha`), a lower learning rate, or more problems.",
+}
 
 
 def recent(history: list[dict], key: str, stage: int, window: int) -> list[float]:
-    """The last values of a key that were logged in a stage, `window` at most."""
+    """The last values of a key that were logged in a stage, `window` at most; without those that are no numbers."""
     values = [log[key] for log in history if log.get("stage") == stage and log.get(key) is not None]
-    return values[-window:]
+    return [value for value in values if not math.isnan(value)][-window:]
 
 
 class CollapseAlarm(TrainerCallback):
     """
-    Says once when Stage II has collapsed: over a window of logs, attempts are no longer changed, or wrong ones no longer
-    corrected (Section 4). Logs `collapse`: 1 from then on, else 0.
+    Warns once in each stage when self-correction has collapsed: over a window of logs, attempts are no longer changed, or
+    wrong ones are no longer corrected (Section 4). Adds `collapse` to each log: 1 from then on in that stage, else 0.
 
     Args:
-        window (`int`):
+        window (`int`, *optional*, defaults to `10`):
             Number of logs.
-        num_attempts (`int`, *optional*, defaults to `2`):
-            Attempts in a rollout.
     """
 
-    def __init__(self, window: int, num_attempts: int = 2):
-        self.window, self.num_attempts, self.collapsed = window, num_attempts, False
+    def __init__(self, window: int = 10):
+        if window < 1:
+            raise ValueError(f"`window={window}` is a number of logs. Set it to 1 or more, or leave the alarm out.")
+        self.window, self.collapsed = window, set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.collapsed = {int(log["stage"]) for log in state.log_history if log.get("collapse")}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is None or "stage" not in logs:
+        if logs is None or "stage" not in logs or args.num_attempts == 1:
             return
-        if not self.collapsed and logs["stage"] == 2:
-            mean = {}
-            for key in ("changed_ratio", "delta_i_to_c", "accuracy_t1"):
-                values = recent(state.log_history, key, 2, self.window)
-                mean[key] = sum(values) / len(values) if len(values) == self.window else float("nan")
-            unchanged = mean["changed_ratio"] < CHANGED_AT_LEAST
-            uncorrected = mean["delta_i_to_c"] < CORRECTED_AT_LEAST and mean["accuracy_t1"] < 0.95
-            if unchanged or uncorrected:
-                self.collapsed = True
-                if state.is_world_process_zero:
-                    logger.warning(
-                        f"Self-correction has collapsed (step {state.global_step}): over the last {self.window} logs "
-                        f"{mean['changed_ratio']:.2%} of the attempts differ from the one before, and {mean['delta_i_to_c']:.2%} "
-                        f"of the rollouts turn from wrong to right, with {1 - mean['accuracy_t1']:.1%} of the first attempts "
-                        "wrong. Try a longer Stage I (`stage1_steps`), a larger bonus (`alpha`), a lower learning rate, or "
-                        "more problems."
-                    )
-        logs["collapse"] = float(self.collapsed)
+        stage = int(logs["stage"])  # the first one of two in an interval
+        if logs["stage"] == stage and stage not in self.collapsed:
+            self._look(state, stage)
+        logs["collapse"] = float(stage in self.collapsed)
         if state.log_history:  # written before this is called
             state.log_history[-1]["collapse"] = logs["collapse"]
 
+    def _look(self, state, stage: int):
+        mean = {}
+        for key in ("changed_ratio", "delta_i_to_c", "accuracy_t1"):
+            values = recent(state.log_history, key, stage, self.window)
+            mean[key] = sum(values) / len(values) if len(values) == self.window else float("nan")
+        unchanged = mean["changed_ratio"] < CHANGED_AT_LEAST
+        uncorrected = mean["delta_i_to_c"] < CORRECTED_AT_LEAST and mean["accuracy_t1"] < 0.95
+        if not (unchanged or uncorrected):
+            return
+        self.collapsed.add(stage)
+        if state.is_world_process_zero:
+            logger.warning(
+                f"Self-correction has collapsed in Stage {'I' * stage} (step {state.global_step}): over the last "
+                f"{self.window} logs {mean['changed_ratio']:.2%} of the attempts differ from the one before, and "
+                f"{mean['delta_i_to_c']:.2%} of the rollouts turn from wrong to right, with {1 - mean['accuracy_t1']:.1%} of "
+                f"the first attempts wrong. {ADVICE[stage]}"
+            )
 
-class KeepBestCheckpoint(TrainerCallback):
+
+class KeepBestCheckpoint(TrainerCallback, ExportableState):
     """
-    Keeps, for each stage, the checkpoint with the highest training reward of the last attempt (the paper's choice of
-    checkpoint), in `_best-stage1` and `_best-stage2` of the output folder (an upload to the Hub leaves out such names). The
-    files are linked, so they take no space while the checkpoint lives, and stay when `save_total_limit` removes it.
+    Keeps a copy of the checkpoint with the highest training reward of the last attempt, for each stage (the paper's choice
+    of checkpoint, Appendix B): `_best-stage1` and `_best-stage2` in the output folder, which an upload to the Hub leaves out.
+    A copy belongs to the run that made it. What an earlier run has kept, or a resumed run after the step it resumes from,
+    gets a number (`_best-stage2.1`) and is not compared with.
 
     Args:
-        window (`int`):
-            Logs that the reward is averaged over.
-        num_attempts (`int`, *optional*, defaults to `2`):
-            Attempts in a rollout.
+        window (`int`, *optional*, defaults to `10`):
+            Logs of the stage that the reward is averaged over.
+        load_at_end (`bool`, *optional*, defaults to `False`):
+            Load the best checkpoint of the run's last stage when training ends.
     """
 
-    def __init__(self, window: int, num_attempts: int = 2):
-        self.window, self.key = window, f"reward_t{num_attempts}"
+    def __init__(self, window: int = 10, load_at_end: bool = False):
+        if window < 1:
+            raise ValueError(f"`window={window}` is a number of logs. Set it to 1 or more.")
+        self.window, self.load_at_end, self.run = window, load_at_end, None
+
+    def state(self) -> dict:
+        """The run's identity, which its checkpoints carry in `trainer_state.json`."""
+        return {"args": {"window": self.window, "load_at_end": self.load_at_end}, "attributes": {"run": self.run}}
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if args.save_strategy == "no":
+            raise ValueError(
+                "`KeepBestCheckpoint` chooses among the checkpoints, but `save_strategy='no'` writes none. Set it to 'steps'."
+            )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step > 0 else None
+        self.run = saved["attributes"]["run"] if saved else secrets.token_hex(4)
+        if not state.is_world_process_zero:
+            return
+        for stage in (1, 2):
+            kept = best_checkpoint(args.output_dir, stage)
+            if kept is not None and not self._is_own(kept, state.global_step):
+                name = next(name for i in count(1) if not (name := Path(f"{kept}.{i}")).exists())
+                kept.rename(name)
+                logger.warning(
+                    f"'{kept}' is of an earlier run, or of later steps of this one. It is now '{name.name}'."
+                )
+
+    def _is_own(self, kept: Path, step: int) -> bool:
+        found = json.loads((kept / BEST).read_text())
+        return found.get("run") == self.run and found["step"] <= step
 
     def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()  # every process writes its own part of a checkpoint
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         stages = [log["stage"] for log in state.log_history if "stage" in log]
         if not state.is_world_process_zero or not stages or not checkpoint.exists():
             return
-        stage = int(stages[-1])
-        rewards = recent(state.log_history, self.key, stage, self.window)
+        stage, key = int(stages[-1]), f"reward_t{args.num_attempts}"
+        rewards = recent(state.log_history, key, stage, self.window)
         if not rewards:
             return
-        found = {
-            "step": state.global_step,
-            "stage": stage,
-            "reward": sum(rewards) / len(rewards),
-            "logs": len(rewards),
-        }
+        reward = sum(rewards) / len(rewards)
+        found = {"run": self.run, "step": state.global_step, "stage": stage, "reward": reward, "logs": len(rewards)}
         kept = best_checkpoint(args.output_dir, stage)
-        if kept is not None and json.loads((kept / BEST).read_text())["reward"] >= found["reward"]:
+        if kept is not None and json.loads((kept / BEST).read_text())["reward"] >= reward:
             return
-        new = Path(args.output_dir) / f"_new-best-stage{stage}"
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(checkpoint, new, copy_function=_link)
-        (new / BEST).write_text(json.dumps(found, indent=2))
-        final = Path(args.output_dir) / f"_best-stage{stage}"
-        shutil.rmtree(final, ignore_errors=True)
-        new.rename(final)
-        logger.info(
-            f"Best checkpoint of Stage {'I' * stage}: step {state.global_step}, {self.key} {found['reward']:.4f}."
-        )
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy2(source, target)
+        new, final = (Path(args.output_dir) / f"{prefix}-stage{stage}" for prefix in ("_new-best", "_best"))
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.copytree(checkpoint, new)  # no links: a later write to the checkpoint would change the copy
+            (new / BEST).write_text(json.dumps(found, indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            new.rename(final)
+        except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
+            logger.warning(f"The checkpoint of step {state.global_step} is the best so far, but was not kept: {error}")
+            return
+        logger.info(f"Best checkpoint of Stage {'I' * stage}: step {state.global_step}, {key} {reward:.4f}.")
 
 
 def best_checkpoint(output_dir: str | Path, stage: int | None = None) -> Path | None:
@@ -124,3 +166,84 @@ def best_checkpoint(output_dir: str | Path, stage: int | None = None) -> Path | 
         if (folder := Path(output_dir) / f"_best-stage{each}" / BEST).exists():
             return folder.parent
     return None
+
+
+# --- what the trainer asks its callbacks for ---
+
+
+def checkpoint_to_load(callbacks: list[TrainerCallback], args, state) -> str | None:
+    """
+    The checkpoint to load when training has ended, if a [`KeepBestCheckpoint`] says so: the best one of the last stage that
+    the run reached. The first process looks for it, and tells the others, which may not see its files.
+    """
+    if not any(isinstance(callback, KeepBestCheckpoint) and callback.load_at_end for callback in callbacks):
+        return None
+    found = [None]
+    if state.is_world_process_zero:
+        stage = max((int(log["stage"]) for log in state.log_history if "stage" in log), default=1)
+        kept = best_checkpoint(args.output_dir, stage)
+        if kept is None:
+            logger.warning(
+                f"No best checkpoint of Stage {'I' * stage} was kept, so the model stays as it is after the last step. "
+                "Set `save_steps` and `logging_steps` so that the stage has checkpoints and logs."
+            )
+        found = [kept and str(kept)]
+    return broadcast_object_list(found)[0]
+
+
+def arrange(trainer) -> None:
+    """
+    Put the alarm before the trackers and progress bars, which show what it adds to a log, and see to it that a tracker of
+    `report_to` that fails does not end the run.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.sort(key=lambda callback: not isinstance(callback, CollapseAlarm))
+    for callback in trackers(callbacks):
+        if not hasattr(callback, "failure"):
+            _let_fail(callback, trainer.args)
+    open_trackio(trainer)
+
+
+def trackers(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
+    """Those of `report_to`."""
+    return [callback for callback in callbacks if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values()))]
+
+
+def _let_fail(tracker: TrainerCallback, args) -> None:
+    """The first error of the tracker is a warning, and its `failure`; from then on nothing is reported to it."""
+    tracker.failure = None
+
+    def guarded(event):
+        @wraps(event)
+        def call(*arguments, **kwargs):
+            if tracker.failure is not None:
+                return None
+            try:
+                return event(*arguments, **kwargs)
+            except Exception as error:
+                tracker.failure = error
+                # TRL also logs to some trackers by itself, where `report_to` has them.
+                args.report_to = [
+                    each for each in args.report_to if INTEGRATION_TO_CALLBACK[each] is not type(tracker)
+                ]
+                logger.warning(f"{type(tracker).__name__} failed, so the run continues without it: {error!r}")
+                return None
+
+        return call
+
+    for name in dir(TrainerCallback):
+        if name.startswith("on_"):
+            setattr(tracker, name, guarded(getattr(tracker, name)))
+
+
+def open_trackio(trainer) -> None:
+    """
+    Start trackio's run, or resume it by its name, where it is not open. TRL logs to trackio in every generation, which fails
+    outside of a run, and trackio's callback ends the run with `train()`.
+    """
+    args = trainer.args
+    for callback in trackers(trainer.callback_handler.callbacks):
+        if isinstance(callback, INTEGRATION_TO_CALLBACK["trackio"]):
+            if args.run_name is None:
+                args.run_name = f"{Path(args.output_dir).name}-{secrets.token_hex(3)}"
+            callback.on_train_begin(args, trainer.state, trainer.control, model=trainer.model)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -183,19 +184,19 @@ def as_dict(value: str | dict | None, name: str) -> dict | None:
 
 def launch(command: str, arguments: list[str]) -> int:
     """As `trl grpo` does: what the command does not know is for `accelerate launch`."""
-    from trl import ModelConfig, SFTConfig, TrlParser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    texts = {"prog": f"trl-score {command}", "description": COMMANDS[command]}
     if command == "train":
-        from .score_config import SCoReConfig
-        from .training import TrainArguments
+        from .training import train_parser
 
-        kinds, module = (TrainArguments, SCoReConfig, ModelConfig), "trl_score.training"
+        parser, module = train_parser(arguments, **texts), "trl_score.training"
     else:
+        from trl import ModelConfig, SFTConfig, TrlParser
+
         from .baselines import BaselineArguments
 
-        kinds, module = (BaselineArguments, SFTConfig, ModelConfig), "trl_score.baselines"
-    parser = TrlParser(kinds, prog=f"trl-score {command}", description=COMMANDS[command])
+        parser, module = TrlParser((BaselineArguments, SFTConfig, ModelConfig), **texts), "trl_score.baselines"
     *_, of_file, of_line = parser.parse_args_and_config(
         list(arguments), return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -210,7 +211,10 @@ def launch(command: str, arguments: list[str]) -> int:
             ours.append(argument)
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    launch_command(launch_command_parser().parse_args([*launch, "--module", module, *ours]))
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, "--module", module, *ours]))
+    except subprocess.CalledProcessError as error:  # the process has said what failed
+        return max(error.returncode, 1)
     return 0
 
 

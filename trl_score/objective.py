@@ -253,9 +253,11 @@ def targets(
 
     Example:
     ```python
-    >>> targets(torch.tensor([[0.0, 1.0], [1.0, 1.0]]), stage_two(2), num_generations=2, alpha=10.0, beta=0.01, stage1_beta=0.1)
-    (tensor([[-1., 10.],
-            [ 1., -10.]]), tensor([0.0100, 0.0100]))
+    >>> rewards = torch.tensor([[0.0, 1.0], [1.0, 1.0]])  # i→c, c→c
+    >>> advantages, weights = targets(rewards, stage_two(2), num_generations=2, alpha=10.0, beta=0.01, stage1_beta=0.1)
+    >>> advantages
+    tensor([[ -1.,  10.],
+            [  1., -10.]])
     ```
     """
     weights = kl_weights(stage, beta=beta, stage1_beta=stage1_beta, num_attempts=rewards.size(1)).to(rewards.device)

@@ -74,7 +74,10 @@ def find(folders: list[str | Path]) -> Found:
         if given.resolve() in seen:
             continue
         before = [len(found.evaluations), len(found.runs), len(found.scalings)]
-        inside = sorted(path for path in given.iterdir() if path.is_dir() and not path.name.startswith("checkpoint-"))
+        # Checkpoints, and copies of them that `KeepBestCheckpoint` keeps, have the run's own history.
+        inside = sorted(
+            path for path in given.iterdir() if path.is_dir() and not path.name.startswith(("checkpoint-", "_"))
+        )
         shown = any(folder.resolve() in seen for folder in inside)
         for folder in [given, *inside]:
             if folder.resolve() in seen:

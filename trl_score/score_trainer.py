@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .batch import Batch
 from .cache import can_reuse_cache, reused_cache
+from .callbacks import arrange, checkpoint_to_load, open_trackio
 from .checks import TRAINED_FLAG, ContextCheck, check_datasets, check_model, check_shards
 from .decoding import Decoding, keep_random_state, neutral_generation
 from .first_attempts import is_stored, sample_or_take, stored_attempts
@@ -204,6 +205,14 @@ class SCoReTrainer(GRPOTrainer):
         )
         self._context = ContextCheck(self)
 
+    def train(self, *args, **kwargs):
+        arrange(self)
+        output = super().train(*args, **kwargs)
+        if (folder := checkpoint_to_load(self.callback_handler.callbacks, self.args, self.state)) is not None:
+            self.state.best_model_checkpoint = folder
+            self._load_best_model()
+        return output
+
     # Reference model
 
     def _set_reference(self):
@@ -274,6 +283,7 @@ class SCoReTrainer(GRPOTrainer):
         return [list(row) for row in zip(*(map(text_of, each) for each in self._batch.completions), strict=True)]
 
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
+        open_trackio(self)
         batch = self._batch
         prompt_ids = self._prompt_ids(prompts)
         # All processes stop together, so that none waits for one that has stopped.
@@ -678,7 +688,12 @@ class SCoReTrainer(GRPOTrainer):
                 self._stage1_beta = state["stage1_beta"]
 
     def _load_best_model(self):
-        super()._load_best_model()
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        whole = [] if sharded else [each.data for each in self.model.parameters() if each.requires_grad]
+        if sharded or self.is_world_process_zero():  # another node may not see the files
+            super()._load_best_model()
+        for weights in whole:
+            broadcast(weights)
         self._last_loaded_step = -1  # vLLM has other weights of the same step
 
     def _rollouts_file(self, folder: "str | os.PathLike", step: int) -> Path:
@@ -698,9 +713,14 @@ class SCoReTrainer(GRPOTrainer):
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         model_name = model_name or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if self.is_world_process_zero():
-            write_model_card(Path(self.args.output_dir) / "README.md", self)
+        try:
+            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+            if self.is_world_process_zero():
+                write_model_card(Path(self.args.output_dir) / "README.md", self)
+        except Exception as error:
+            if not self.is_in_train:  # in training, TRL writes a card with every checkpoint
+                raise
+            logger.warning(f"The model card was not written, and training continues: {error!r}")
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

@@ -1,14 +1,24 @@
 """From arguments to a trained model with its table: `trl-score train`, and what the example scripts share."""
 
+import argparse
+import inspect
 import json
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 
+import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from .callbacks import CollapseAlarm, KeepBestCheckpoint, trackers
 from .collection import with_first_attempts
 from .evaluation import disconnect
 from .metrics import label
@@ -21,6 +31,26 @@ from .tasks.base import first
 
 SHOWN = ("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i")
 LABELS = {name: label(name) for name in SHOWN} | {"changed_ratio": "changed"}
+EXAMPLES = ("i→c", "c→c", "i→i")  # first and last attempt, right (c) or wrong (i)
+# The embedded task with its own model, on two CPU cores: `examples/configs/arithmetic.yaml`.
+EMBEDDED = {
+    "max_completion_length": 8,
+    "num_generations": 8,
+    "per_device_train_batch_size": 512,
+    "per_device_eval_batch_size": 1000,
+    "max_steps": 90,
+    "stage1_steps": 20,
+    "learning_rate": 5e-4,
+    "warmup_steps": 5,
+    "lr_scheduler_type": "constant_with_warmup",
+    "adam_beta2": 0.98,
+    "max_grad_norm": 0.125,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 5,
+    "save_strategy": "no",
+    "report_to": "none",
+}
 
 
 @dataclass
@@ -57,17 +87,89 @@ class TaskArguments:
 @dataclass
 class TrainArguments(TaskArguments):
     """
-    Which problems to train on by reinforcement.
+    Which problems to train on by reinforcement, and what watches the run.
 
     Args:
         first_attempts (`str`, *optional*):
             Folder of `trl-score collect` with first attempts at the problems to train on, for `offline_first_attempts`.
+        collapse_window (`int`, *optional*, defaults to `10`):
+            Logs without corrections after which the collapse alarm goes off. 0: no alarm.
+        keep_best_checkpoint (`bool`, *optional*, defaults to `False`):
+            Keep the checkpoint with the highest training reward of the last attempt, for each stage.
+        best_checkpoint_window (`int`, *optional*, defaults to `10`):
+            Logs that this reward is averaged over.
+        load_best_checkpoint_at_end (`bool`, *optional*, defaults to `False`):
+            Load the best checkpoint of the last stage when training ends.
     """
 
     first_attempts: str | None = field(
         default=None,
         metadata={"help": "Folder of `trl-score collect` with first attempts, for `offline_first_attempts`."},
     )
+    collapse_window: int = field(
+        default=10,
+        metadata={"help": "Logs without corrections after which the collapse alarm goes off. 0: no alarm."},
+    )
+    keep_best_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the checkpoint with the highest training reward of the last attempt, for each stage, in "
+            "`_best-stage1` and `_best-stage2` of the output folder."
+        },
+    )
+    best_checkpoint_window: int = field(
+        default=10, metadata={"help": "Logs that the reward is averaged over to choose the best checkpoint."}
+    )
+    load_best_checkpoint_at_end: bool = field(
+        default=False, metadata={"help": "Load the best checkpoint of the last stage when training ends."}
+    )
+
+    def __post_init__(self):
+        if self.collapse_window < 0 or self.best_checkpoint_window < 1:
+            raise ValueError(
+                f"`collapse_window={self.collapse_window}` and `best_checkpoint_window={self.best_checkpoint_window}` are "
+                "numbers of logs. Set the first to 0 or more, the second to 1 or more."
+            )
+        if self.load_best_checkpoint_at_end and not self.keep_best_checkpoint:
+            raise ValueError(
+                "`load_best_checkpoint_at_end` has nothing to load without `keep_best_checkpoint`. Set that to True too."
+            )
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The callbacks that these arguments ask for."""
+        found = [CollapseAlarm(self.collapse_window)] if self.collapse_window else []
+        if self.keep_best_checkpoint:
+            found.append(KeepBestCheckpoint(self.best_checkpoint_window, self.load_best_checkpoint_at_end))
+        return found
+
+
+@dataclass
+class TrainConfig(SCoReConfig):
+    """
+    [`SCoReConfig`] for the command line: on a machine without bfloat16 it is valid, with `bf16=False`, and
+    [`check_precision`] speaks of that after all other mistakes.
+    """
+
+    def __post_init__(self):
+        self.asked_bf16 = self.bf16
+        self.lacks_bf16 = not (self.bf16 is False or self.fp16 or self.use_cpu or is_torch_bf16_gpu_available())
+        if self.lacks_bf16:
+            self.bf16 = False
+        super().__post_init__()
+
+
+def check_precision(args: SCoReConfig, model: str) -> None:
+    """
+    The embedded model trains in float32 where there is no bfloat16. For any other one somebody has to say so.
+
+    Raises:
+        `SystemExit`: If it was not said, with one sentence.
+    """
+    if getattr(args, "lacks_bf16", False) and (args.asked_bf16 or model != str(BASE_MODEL_PATH)):
+        sys.exit(
+            "Training is in bfloat16 by default, and this machine has no GPU with it. Add `--use_cpu` to train on the CPU in "
+            "bfloat16, or `--bf16 false` to train in float32."
+        )
 
 
 def load_tasks(arguments: TaskArguments) -> tuple[Task, Task | None]:
@@ -127,6 +229,73 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step:>5}  stage {logs['stage']:.0f}  {values}")
 
 
+def checkpoint_to_resume(args: SCoReConfig) -> str | None:
+    """
+    What `resume_from_checkpoint` says: a checkpoint's folder, or "true" for the last complete one in the output folder.
+
+    Raises:
+        `SystemExit`: If there is no such checkpoint, or if nothing is said and the output folder has some, with one sentence.
+    """
+    asked, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).exists()]
+    found = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
+    if str(asked).lower() == "true":
+        if not found:
+            sys.exit(
+                f"`--resume_from_checkpoint true` resumes from the last checkpoint in '{folder}', but there is none. Leave the "
+                "option out to start a run, or give another `--output_dir`."
+            )
+        return str(max(found, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+    if asked is None or str(asked).lower() == "false":
+        if found:
+            sys.exit(
+                f"'{folder}' has checkpoints of an earlier run. Resume that run with `--resume_from_checkpoint true`, or "
+                "start a new one with another `--output_dir`."
+            )
+        return None
+    if not Path(asked, TRAINER_STATE_NAME).exists():
+        sys.exit(
+            f"`--resume_from_checkpoint {asked}` is no checkpoint: it has no {TRAINER_STATE_NAME}. Give the folder of a "
+            "checkpoint, or `true` for the last one in the output folder."
+        )
+    return str(asked)
+
+
+def with_examples(reward, examples: dict[str, tuple], num_attempts: int):
+    """
+    The reward function, which now also keeps the first rollout of each kind that it grades, with its verdicts. One that is
+    no plain function is left as it is.
+
+    Args:
+        reward (`Callable`):
+            A TRL reward function.
+        examples (`dict[str, tuple]`):
+            Where they are kept: by kind, the problem and a list of texts with verdicts.
+        num_attempts (`int`):
+            Attempts in a rollout.
+    """
+    if not inspect.isroutine(reward) or inspect.iscoroutinefunction(reward):
+        return reward
+    attempts = []  # of the batch: for each row, text and whether it is right
+
+    @wraps(reward)
+    def call(*, prompts, completions, attempt, **kwargs):
+        rewards = reward(prompts=prompts, completions=completions, attempt=attempt, **kwargs)
+        if attempt == 1:
+            attempts[:] = [[] for _ in completions]
+        for row, completion, value in zip(attempts, completions, rewards, strict=True):
+            row.append((completion if isinstance(completion, str) else completion[-1]["content"], value))
+        if attempt == num_attempts:
+            for prompt, row in zip(prompts, attempts, strict=True):
+                if all(value is not None for _, value in row):
+                    kind = "→".join("c" if row[i][1] >= 1 else "i" for i in (0, -1))
+                    problem = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+                    examples.setdefault(kind, (problem, [(text, value >= 1) for text, value in row]))
+        return rewards
+
+    return call
+
+
 def train(
     train_rows: Dataset,
     eval_rows: Dataset | None,
@@ -136,9 +305,11 @@ def train(
     correction_instruction: str | None = None,
     task: str | None = None,
     eval_task: str | None = None,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> SCoReTrainer:
     """
-    Train, evaluate before and after, save the model with its card, print the table.
+    Train, save the model, evaluate before and after, write the card, print the table. What fails after the model is saved
+    costs nothing else, and is told at the end.
 
     Args:
         train_rows, eval_rows (`~datasets.Dataset`):
@@ -153,48 +324,96 @@ def train(
             The instruction of the task, used if `args` has none.
         task, eval_task (`str`, *optional*):
             Names of the tasks that the problems are from, for the model card. The second defaults to the first.
+        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
+            What watches the run; by default, the collapse alarm.
 
     Raises:
-        `SystemExit`: If the model cannot be had.
+        `SystemExit`: If the model cannot be loaded or trained as asked, if the checkpoint to resume is not found, or if
+            something failed after the model was saved, with one sentence each.
     """
     if model_args.model_name_or_path is None:
         sys.exit("Which model? Give --model_name_or_path: a Hub id or a folder.")
+    resume = checkpoint_to_resume(args)
+    check_precision(args, model_args.model_name_or_path)
     if args.correction_instruction is None:
         args.correction_instruction = correction_instruction
     args.eval_on_start = eval_rows is not None
     args.model_init_kwargs = init_kwargs(args, model_args)
+    examples = {}
     try:
         trainer = SCoReTrainer(
             model=model_args.model_name_or_path,
-            reward_funcs=reward,
+            reward_funcs=with_examples(reward, examples, args.num_attempts_eval),
             args=args,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
+            callbacks=[CollapseAlarm()] if callbacks is None else callbacks,
         )
     except OSError as error:
-        sys.exit(f"The model '{model_args.model_name_or_path}' cannot be had: {str(error).splitlines()[0]}")
+        sys.exit(f"The model '{model_args.model_name_or_path}' cannot be loaded: {str(error).splitlines()[0]}")
+    except ValueError as error:
+        if os.environ.get("TRL_SCORE_TRACEBACK"):
+            raise
+        sys.exit(" ".join(str(error).split()))
     trainer.task, trainer.eval_task = task, eval_task or task
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
 
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(_internal_call=True)  # first, and the upload last, so that nothing costs the model
+    failures = Failures(trainer)
+    failures.collect("The training state", trainer.save_state)
     if eval_rows is not None:
-        trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card()
+        examples.clear()
+        evaluated = failures.collect("The last evaluation", trainer.evaluate)
+        failures.collect("The training state", trainer.save_state)
+    failures.collect("The model card", trainer.create_model_card)
     if eval_rows is not None:
-        show(trainer)
+        if not evaluated:
+            failures.exit()  # at once: other processes may wait for this one in vain
+        failures.collect("The table", lambda: show(trainer, examples))
+    if args.push_to_hub:
+        failures.collect("The upload", trainer.push_to_hub)
     disconnect()
+    failures.exit()
     return trainer
 
 
-def show(trainer: SCoReTrainer) -> None:
-    """Print base and trained side by side, three rollouts and where the time went; write the numbers."""
-    problems = trainer.eval_dataset.select(range(min(3, len(trainer.eval_dataset))))
-    rollouts = trainer.generate_attempts(problems["prompt"])
+class Failures:
+    """What has failed after the model was saved. With `TRL_SCORE_TRACEBACK=1` the first failure is raised."""
+
+    def __init__(self, trainer: SCoReTrainer):
+        self.trainer, self.found = trainer, []
+
+    def collect(self, name: str, action: Callable) -> bool:
+        """Do it, and return whether it worked."""
+        try:
+            action()
+        except Exception as error:
+            if os.environ.get("TRL_SCORE_TRACEBACK"):
+                raise
+            self.add(name, error)
+            return False
+        return True
+
+    def add(self, name: str, error: Exception) -> None:
+        self.found.append(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+
+    def exit(self) -> None:
+        """Say in one line what has failed, trackers included, and end the process, if there is something."""
+        for tracker in trackers(self.trainer.callback_handler.callbacks):
+            if (error := getattr(tracker, "failure", None)) is not None:
+                self.add(type(tracker).__name__, error)
+        if self.found:
+            folder = Path(self.trainer.args.output_dir).resolve()
+            sys.exit(f"The model is trained and saved in {folder}, but: {'; '.join(self.found)}")
+
+
+def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
+    """Print base and trained side by side, a rollout of each kind and where the time went; write the numbers."""
+    found = gather_object([examples])  # each process has graded its own share
     if not trainer.is_world_process_zero():
         return
     evaluations = [log for log in trainer.state.log_history if "eval_stage" in log]
@@ -203,10 +422,11 @@ def show(trainer: SCoReTrainer) -> None:
     print(f"\n{len(trainer.eval_dataset)} held-out problems, greedy decoding, percent{'base':>10}{'SCoRe':>10}")
     for name, (base, score) in table.items():
         print(f"{name:<46}{base:>10.1f}{score:>10.1f}")
-    for problem, attempts in zip(problems["prompt"], rollouts, strict=True):
-        print(f"\nproblem    {problem if isinstance(problem, str) else problem[-1]['content']}")
-        for k, attempt in enumerate(attempts, start=1):
-            print(f"attempt {k}  {attempt}")
+    for kind in EXAMPLES:
+        for problem, attempts in [each[kind] for each in found if kind in each][:1]:
+            print(f"\nproblem    {problem}")
+            for k, (attempt, right) in enumerate(attempts, start=1):
+                print(f"attempt {k}  {'right' if right else 'wrong'}  {attempt}")
 
     total = next(log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log)
     print(f"\n{total:.0f} s of training{shares_of_time(trainer, total)}")
@@ -237,16 +457,34 @@ def shares_of_time(trainer: SCoReTrainer, total: float) -> str:
     return f": {', '.join(shares)}, the rest evaluation, optimizer and bookkeeping"
 
 
+def train_parser(arguments: list[str], **kwargs) -> TrlParser:
+    """
+    The parser of `trl-score train`. For the embedded task with its own model and without a configuration file, the defaults
+    are `EMBEDDED`.
+    """
+    parser = TrlParser((TrainArguments, TrainConfig, ModelConfig), **kwargs)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--task", "--model_name_or_path", "--config"):
+        peek.add_argument(name)
+    given, _ = peek.parse_known_args(arguments)
+    if given.task == Arithmetic.name and given.model_name_or_path is None and given.config is None:
+        parser.set_defaults(**EMBEDDED)
+    return parser
+
+
 def main() -> None:
     """A process of `trl-score train`."""
-    task_args, args, model_args = TrlParser((TrainArguments, SCoReConfig, ModelConfig)).parse_args_and_config()
+    task_args, args, model_args = train_parser(sys.argv[1:]).parse_args_and_config()
     if task_args.task is None:
         sys.exit(f"Which problems? Give --task: {', '.join(TASKS)}.")
     if task_args.task == Arithmetic.name and model_args.model_name_or_path is None:
         model_args.model_name_or_path = str(BASE_MODEL_PATH)
+        # `accelerate launch` leaves a process on a CPU one thread.
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("WORLD_SIZE", "1"))))
     task, train_rows, eval_rows = load_task(task_args)
     names = (task.name, task_args.eval_task)
-    train(train_rows, eval_rows, task.reward, args, model_args, task.correction_instruction, *names)
+    instruction, callbacks = task.correction_instruction, task_args.callbacks()
+    train(train_rows, eval_rows, task.reward, args, model_args, instruction, *names, callbacks=callbacks)
 
 
 if __name__ == "__main__":

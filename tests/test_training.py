@@ -1,0 +1,234 @@
+"""What `trl-score train` and the example scripts share."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers.integrations import TensorBoardCallback
+from trl import ModelConfig
+
+from trl_score import CollapseAlarm, KeepBestCheckpoint, SCoReConfig, SCoReTrainer
+from trl_score import training as module
+from trl_score.tasks import Arithmetic
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH
+from trl_score.training import TrainArguments, TrainConfig, check_precision, checkpoint_to_resume, train, with_examples
+
+
+BASE = str(BASE_MODEL_PATH)
+
+
+@pytest.fixture
+def run(arithmetic_config):
+    """Train for a step; keyword arguments go to the configuration."""
+
+    def run(callbacks=None, **settings):
+        task = Arithmetic(num_train=16, num_test=20)
+        config = SCoReConfig(
+            **arithmetic_config | {"max_steps": 2, "stage1_steps": 1, "per_device_eval_batch_size": 20} | settings
+        )
+        rows = task.load("train"), task.load("test")
+        return train(*rows, task.reward, config, ModelConfig(BASE), callbacks=callbacks)
+
+    return run
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("no luck\ntoday")
+
+
+def test_a_model_is_saved_whatever_fails_after_its_training(run, tmp_path, monkeypatch, capsys):
+    evaluate, folder = SCoReTrainer.evaluate, tmp_path / "run"
+
+    def fail_at_the_end(self, *args, **kwargs):
+        return evaluate(self, *args, **kwargs) if self.is_in_train else fail()
+
+    monkeypatch.setattr(SCoReTrainer, "evaluate", fail_at_the_end)
+    with pytest.raises(SystemExit) as error:
+        run()
+    message = (
+        f"The model is trained and saved in {folder}, but: The last evaluation failed: RuntimeError: no luck today"
+    )
+    assert error.value.code == message
+    assert {"model.safetensors", "trainer_state.json", "README.md"} <= {path.name for path in folder.iterdir()}
+    assert "held-out problems" not in capsys.readouterr().out  # a table of the base model alone would mislead
+
+
+def test_every_failure_is_told_and_nothing_else_is_lost(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr("trl_score.model_card.write_figure", fail)
+    monkeypatch.setattr(TensorBoardCallback, "on_log", fail)
+    monkeypatch.setattr(SCoReTrainer, "push_to_hub", fail)
+    monkeypatch.setattr(SCoReTrainer, "init_hf_repo", lambda self: None)
+    with pytest.raises(SystemExit) as error:
+        run(report_to="tensorboard", push_to_hub=True, save_strategy="no")
+    for what in ("The model card failed: ", "The upload failed: ", "TensorBoardCallback failed: "):
+        assert f"{what}RuntimeError: no luck today" in error.value.code
+    assert "20 held-out problems" in capsys.readouterr().out
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert sum("eval_accuracy_t2" in log for log in state["log_history"]) == 2
+
+
+def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
+    folder = tmp_path / "run"
+    callbacks = [KeepBestCheckpoint(1)]
+    run(callbacks, save_steps=1)
+    best = json.loads((folder / "_best-stage1" / "best.json").read_text())
+    with pytest.raises(SystemExit) as error:
+        run(save_steps=1)
+    assert error.value.code == (
+        f"'{folder}' has checkpoints of an earlier run. Resume that run with `--resume_from_checkpoint true`, or start a new "
+        "one with another `--output_dir`."
+    )
+    trainer = run([KeepBestCheckpoint(1)], save_steps=1, max_steps=3, resume_from_checkpoint="true")
+    steps = [log["step"] for log in trainer.state.log_history if "stage" in log]
+    assert steps == [1, 2, 3] and trainer.state.global_step == 3
+    assert json.loads((folder / "_best-stage1" / "best.json").read_text()) == best
+    assert json.loads((folder / "_best-stage2" / "best.json").read_text())["run"] == best["run"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("true", "checkpoint-10"),  # 9 is less, 11 was interrupted
+        ("True", "checkpoint-10"),
+        (True, "checkpoint-10"),  # from a YAML file
+        ("{folder}/checkpoint-9", "checkpoint-9"),
+        ("{folder}/renamed", "renamed"),
+    ],
+)
+def test_a_checkpoint_to_resume_is_found(tmp_path, asked, found):
+    for name in ("checkpoint-9", "checkpoint-10", "renamed", "checkpoint-of-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-11").mkdir()
+    asked = asked.format(folder=tmp_path) if isinstance(asked, str) else asked
+    config = SCoReConfig(output_dir=str(tmp_path), bf16=False, resume_from_checkpoint=asked)
+    assert checkpoint_to_resume(config) == str(tmp_path / found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("true", "there is none. Leave the option out"),
+        ("{folder}/checkpoint-7", "is no checkpoint: it has no trainer_state.json"),
+        ("last", "`--resume_from_checkpoint last` is no checkpoint"),
+        (None, None),
+        ("false", None),
+        (False, None),
+    ],
+)
+def test_a_checkpoint_that_is_missing_is_said(tmp_path, asked, message):
+    (tmp_path / "checkpoint-7").mkdir()  # interrupted while it was written
+    asked = asked.format(folder=tmp_path) if isinstance(asked, str) else asked
+    config = SCoReConfig(output_dir=str(tmp_path), bf16=False, resume_from_checkpoint=asked)
+    if message is None:
+        assert checkpoint_to_resume(config) is None
+    else:
+        with pytest.raises(SystemExit, match=message):
+            checkpoint_to_resume(config)
+
+
+def test_examples_are_of_each_kind():
+    def reward(completions, gold, **kwargs):
+        return [None if text == "?" else float(text == right) for text, right in zip(completions, gold, strict=True)]
+
+    examples, prompts = {}, ["p0", "p1", "p2", "p3", "p4"]
+    rewarded = with_examples(reward, examples, 2)
+    assert rewarded.__name__ == "reward"
+    attempts = (["a", "x", "x", "?", "a"], ["a", "a", "y", "a", "x"])
+    for attempt, texts in enumerate(attempts, start=1):
+        rewards = rewarded(prompts=prompts, completions=texts, gold=["a"] * 5, attempt=attempt)
+        assert rewards == reward(texts, ["a"] * 5)
+    assert examples == {
+        "c→c": ("p0", [("a", True), ("a", True)]),
+        "i→c": ("p1", [("x", False), ("a", True)]),
+        "i→i": ("p2", [("x", False), ("y", False)]),
+        "c→i": ("p4", [("a", True), ("x", False)]),
+    }
+    assert with_examples("a/reward-model", examples, 2) == "a/reward-model"
+
+
+def test_examples_are_printed_with_their_verdicts(run, capsys):
+    run()
+    text = capsys.readouterr().out
+    assert "attempt 1  right  " in text and "attempt 2  wrong  " in text
+    assert 2 <= text.count("attempt 1  ") <= 3
+
+
+def test_callbacks_come_from_the_arguments():
+    (alarm,) = TrainArguments().callbacks()
+    assert isinstance(alarm, CollapseAlarm) and alarm.window == 10
+    settings = {"keep_best_checkpoint": True, "best_checkpoint_window": 3, "load_best_checkpoint_at_end": True}
+    (best,) = TrainArguments(collapse_window=0, **settings).callbacks()
+    assert isinstance(best, KeepBestCheckpoint) and (best.window, best.load_at_end) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"load_best_checkpoint_at_end": True}, "nothing to load without `keep_best_checkpoint`"),
+        ({"collapse_window": -1}, "numbers of logs"),
+        ({"best_checkpoint_window": 0}, "numbers of logs"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainArguments(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "bf16"),
+    [
+        ({}, BASE, False),
+        ({"bf16": False}, "other", False),
+        ({"use_cpu": True}, "other", True),
+        ({"bf16": True, "use_cpu": True}, BASE, True),
+        ({}, "other", None),  # nobody said that a CPU will do
+        ({"bf16": True}, BASE, None),
+        ({"bf16": True}, "other", None),
+    ],
+)
+def test_a_machine_without_bfloat16_trains_or_says_what_to_add(tmp_path, monkeypatch, settings, model, bf16):
+    monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: False)
+    config = TrainConfig(output_dir=str(tmp_path), **settings)
+    if bf16 is None:
+        with pytest.raises(SystemExit, match="Add `--use_cpu` to train on the CPU"):
+            check_precision(config, model)
+    else:
+        check_precision(config, model)
+        assert config.bf16 == bf16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "maths", "--model_name_or_path", "x"], "Unknown task 'maths'"),
+        (["--task", "arithmetic", "--model_name_or_path", "no/such-model", "--bf16", "false"], "The model 'no/such-model'"),
+        (["--task", "arithmetic", "--resume_from_checkpoint", "true", "--model_name_or_path", "x"], "there is none"),
+        (["--task", "arithmetic", "--model_name_or_path", "x"], "Add `--use_cpu`"),
+        (["--task", "arithmetic", "--keep_best_checkpoint"], "writes none. Set it to 'steps'"),
+        (["--bf16", "true"], "Which problems"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_said_in_one_line_and_before_devices(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as error:
+        module.main()
+    assert message in error.value.code and "\n" not in error.value.code
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_embedded_task_has_the_settings_of_its_configuration():
+    file = Path(__file__).parents[1] / "examples" / "configs" / "arithmetic.yaml"
+    settings = yaml.safe_load(file.read_text())
+    assert {"task": "arithmetic", "output_dir": "outputs/arithmetic"} | module.EMBEDDED == settings
+    arguments = ["--task", "arithmetic", "--output_dir", "x", "--max_steps", "5"]
+    _, args, _ = module.train_parser(arguments).parse_args_and_config(arguments)
+    assert (args.max_steps, args.learning_rate, args.per_device_train_batch_size) == (5, 5e-4, 512)
+    arguments += ["--model_name_or_path", BASE, "--bf16", "false"]
+    _, args, _ = module.train_parser(arguments).parse_args_and_config(arguments)
+    assert args.learning_rate == SCoReConfig.learning_rate
