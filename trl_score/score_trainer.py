@@ -1,7 +1,5 @@
 """`SCoReTrainer`: rollout, reward and objective in TRL's `GRPOTrainer`. The only file that knows TRL's internals."""
 
-import json
-import os
 import textwrap
 import time
 from collections.abc import Callable
@@ -46,6 +44,7 @@ from .objective import (
     two_stages,
 )
 from .quantization import keep_differentiable
+from .resuming import save_run, start_run, whole_checkpoint
 from .rollout import Bridge, decode_attempts, roll_out
 from .score_config import SCoReConfig
 from .tasks.base import text_of
@@ -53,8 +52,6 @@ from .tasks.math import CORRECTION_INSTRUCTION
 
 
 logger = get_logger(__name__)
-
-STATE_FILE = "score_state.json"  # in a checkpoint
 
 
 class SCoReTrainer(GRPOTrainer):
@@ -185,6 +182,7 @@ class SCoReTrainer(GRPOTrainer):
         # TRL's own hook for rollouts: `_generate` does the bookkeeping on what it returns.
         self.rollout_func = self._roll_out
         self.schedule = schedule or partial(two_stages, stage1_steps=args.stage1_steps, num_attempts=args.num_attempts)
+        self._planned_steps = max(args.max_steps, 1)  # `max_steps` when the run began
         self._batch: Batch | None = None  # the one that is being made
         self._attempt: int | None = None  # the one that is being graded
         # Training and evaluation can have different columns, so each has a completions table of its own.
@@ -229,8 +227,7 @@ class SCoReTrainer(GRPOTrainer):
 
     def stage_at(self, step: int) -> Stage:
         """The stage of an optimizer step, counted from 0."""
-        max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
-        return self.schedule(step, max_steps)
+        return self.schedule(step, self._planned_steps)
 
     def _new_batch(self, instructions: list[str]) -> Batch:
         training = self.model.training
@@ -550,37 +547,34 @@ class SCoReTrainer(GRPOTrainer):
 
     # Saving and resuming
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        # Between two generations the updates still to come need the rollouts they belong to.
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
-            torch.save(self._buffered_inputs, self._rollouts_file(self._get_output_dir(trial), self.state.global_step))
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            state = {"stage1_beta": self._stage1_beta, "num_generated_tokens": self._num_generated_tokens}
-            (folder / STATE_FILE).write_text(json.dumps(state))
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _load_rng_state(self, checkpoint):
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        path = self._rollouts_file(Path(checkpoint).parent, self.state.global_step)
-        if path.exists():
-            self._buffered_inputs = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        path = Path(checkpoint, STATE_FILE)
-        if path.exists():
-            state = json.loads(path.read_text())
-            self._num_generated_tokens = state["num_generated_tokens"]
-            if self.args.adaptive_stage1_beta:
-                self._stage1_beta = state["stage1_beta"]
+    def _get_train_sampler(self, dataset: Dataset | None = None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return start_run(self, max_steps, resume_from_checkpoint, *place)
+
+    def _save_checkpoint(self, model, trial):
+        save_run(self, Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # `trainer_state.json` is next, and says that all files are there
 
     def _load_best_model(self):
         super()._load_best_model()
         self._last_loaded_step = -1  # vLLM has other weights of the same step
-
-    def _rollouts_file(self, folder: "str | os.PathLike", step: int) -> Path:
-        return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / f"rollouts_{self.accelerator.process_index}.pt"
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         setattr(self.model.config, TRAINED_FLAG, True)
