@@ -75,8 +75,10 @@ def make_trainer(model, folder, stream=False, schedule=None, kill=None, **settin
 
 def main():
     for settings in json.loads(sys.argv[1]):
-        checkpoint = settings.pop("resume", None)
+        checkpoint, removed = settings.pop("resume", None), settings.pop("remove", None)
         trainer, _ = make_trainer(**settings)
+        if removed and trainer.is_world_process_zero():
+            Path(removed).unlink()
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(Path(settings["folder"], "end")))
     disconnect()

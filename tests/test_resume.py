@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,8 @@ def run(letters_model, tmp_path):
 @pytest.fixture
 def messages(caplog):
     """What the package has logged."""
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("trl_score")]
+    records = lambda: [each for each in caplog.records if each.name.startswith("trl_score")]  # noqa: E731
+    return lambda: [each.getMessage().removeprefix("[RANK 0] ") for each in records()]
 
 
 # Each setting with the steps to resume after. An epoch is four generations of two problems, two of four, or one of six.
@@ -81,7 +83,7 @@ def test_resumed_run_is_bit_identical(run, settings, steps):
     """Seven updates, in Stage I and Stage II, over more than one epoch; gradients are accumulated across the end of an epoch."""
     settings = {"max_steps": 7, "stage1_steps": 3} | settings
     whole = run(**settings)
-    assert settings.get("shuffle_dataset", True) == (len({tuple(prompts) for _, prompts in whole.seen}) > 2)
+    assert len({tuple(prompts) for _, prompts in whole.seen}) > 1
     assert any(not torch.equal(value, whole.weights[name]) for name, value in whole.start.items())
     for step in steps:
         resumed = run(whole.checkpoint(step), **settings)
@@ -119,22 +121,24 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_unreadable_rollouts_are_dropped(run, messages, damage):
+def test_unreadable_rollouts_are_dropped(run, messages, tmp_path):
     settings = {"max_steps": 4, "steps_per_generation": 3}
     whole = run(**settings)
-    damage(Path(whole.checkpoint(1), "rollouts_0.pt"))
-    resumed = run(whole.checkpoint(1), **settings)
-    assert resumed.trainer.state.global_step == 4
-    (message,) = messages()
-    assert "`rollouts_0.pt`" in message
-    assert "dropped" in message
-    assert [step for step, _ in resumed.seen] == [1, 3]  # at once, and where the next generation begins
+    for number, (name, damage) in enumerate(DAMAGE.items()):
+        checkpoint = shutil.copytree(whole.checkpoint(1), tmp_path / name)
+        damage(checkpoint / "rollouts_0.pt")
+        resumed = run(str(checkpoint), **settings)
+        assert resumed.trainer.state.global_step == 4
+        message = messages()[number]
+        assert "`rollouts_0.pt`" in message
+        assert "dropped" in message
+        assert [step for step, _ in resumed.seen] == [1, 3]  # at once, and where the next generation begins
+    assert len(messages()) == len(DAMAGE)
 
 
 OTHER = {
     "per_device_train_batch_size": 2,
-    "steps_per_generation": 6,
+    "steps_per_generation": 4,
     "num_generations": 4,
     "gradient_accumulation_steps": 2,
     "num_iterations": 2,
@@ -146,17 +150,17 @@ OTHER = {
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["data set", "stream"])
-@pytest.mark.parametrize("name", OTHER)
-def test_rollouts_that_were_made_with_other_settings_are_dropped(run, messages, name, stream):
+def test_rollouts_that_were_made_with_other_settings_are_dropped(run, messages, stream):
     settings = {"max_steps": 5, "steps_per_generation": 3, "stage1_steps": 0, "stage1_beta": 0.0, "stream": stream}
     whole = run(**settings)
-    resumed = run(whole.checkpoint(2), **settings | {name: OTHER[name]})
-    assert resumed.trainer.state.global_step == 5
-    (message,) = messages()
-    assert f"`{name}` is {OTHER[name]} instead of " in message
-    assert resumed.seen[0][0] == 2
-    rows = resumed.trainer.args.generation_batch_size // resumed.trainer.num_generations
-    assert {len(prompts) for _, prompts in resumed.seen} == {rows}
+    for number, (name, value) in enumerate(list(OTHER.items())[: 4 if stream else None]):
+        resumed = run(whole.checkpoint(2), **settings | {name: value})
+        assert resumed.trainer.state.global_step == 5
+        assert f"`{name}` is {value} instead of " in messages()[number]
+        assert resumed.seen[0][0] == 2
+        problems = resumed.trainer.args.generation_batch_size // resumed.trainer.num_generations
+        assert {len(prompts) for _, prompts in resumed.seen} == {problems}
+    assert len(messages()) == number + 1
 
 
 def test_between_two_generations_nothing_is_dropped(run, messages):
@@ -267,49 +271,67 @@ def test_half_written_checkpoint_is_not_resumed_from(run, messages):
     ]
     resumed = run(True, folder=folder, max_steps=4)
     assert resumed.equals(whole)
-    with pytest.raises(ValueError, match="checkpoint-none.*is not a whole checkpoint.*Resume from an earlier"):
+    with pytest.raises(ValueError, match=r"checkpoint-none.*is not a whole checkpoint.*Resume from an earlier"):
         run(str(folder / "checkpoint-none"), max_steps=4)
 
 
 def test_resume_into_an_empty_folder_is_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="holds no whole checkpoint. Leave it out"):
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint. Leave it out"):
         run(True, folder=tmp_path / "empty")
 
 
-def worker(runs, processes=1, kill=None):
+def worker(*runs, processes=1):
     """Run after run in a process of its own, or in several."""
-    command = [sys.executable]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command, environment = [sys.executable], dict(os.environ)
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment |= {"ACCELERATE_USE_CPU": "true"}
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command += [str(WORKER), json.dumps(runs)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
 
-def saved(folder):
-    return load_file(Path(folder, "end", "model.safetensors"))
-
-
-def assert_equal(one, other):
-    one, other = saved(one), saved(other)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_run_that_was_killed_resumes_from_the_last_whole_checkpoint(tmp_path):
+def test_run_that_was_killed_resumes_from_the_last_whole_checkpoint(tmp_path, messages):
     """SIGKILL between two updates on the same rollouts, then while a checkpoint is being written; the embedded model."""
-    base = {"model": "arithmetic", "max_steps": 6, "steps_per_generation": 2, "save_total_limit": 2}
-    killed = base | {"folder": str(tmp_path / "killed")}
-    stopped = [
-        worker([killed | {"kill": [4, "training"]}]),
-        worker([killed | {"kill": [5, "saving"], "resume": True}]),
-    ]
-    assert [done.returncode for done in stopped] == [-9, -9]
-    assert {path.name for path in (tmp_path / "killed").glob("checkpoint-*")} == {
-        *("checkpoint-3", "checkpoint-4", "checkpoint-5"),
-    }
-    done = worker([base | {"folder": str(tmp_path / "whole")}, killed | {"resume": True}])
+    settings = {"max_steps": 6, "steps_per_generation": 2, "save_total_limit": 2}
+    killed = settings | {"model": "arithmetic", "folder": str(tmp_path / "killed")}
+    assert worker(killed | {"kill": [3, "training"]}).returncode == -signal.SIGKILL
+    assert worker(killed | {"kill": [5, "saving"], "resume": True}).returncode == -signal.SIGKILL
+    folders = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
+    assert folders == {"checkpoint-3", "checkpoint-4", "checkpoint-5"}
+    resumed = Run("arithmetic", tmp_path / "killed", checkpoint=True, **settings)
+    assert [("checkpoint-5" in message, "not fully written" in message) for message in messages()] == [(True, True)]
+    assert [step for step, _ in resumed.seen] == [4]
+    whole = Run("arithmetic", tmp_path / "whole", **settings)
+    assert resumed.equals(whole)
+    assert resumed.logged == whole.logged
+
+
+def test_resume_on_several_processes(run, messages, letters_model, tmp_path):
+    """
+    Two processes resume bit-identically in the middle of a generation, in the second epoch. Both drop their rollouts if one of
+    them cannot read its own, and if there were more or fewer processes.
+    """
+    settings = {"max_steps": 5, "steps_per_generation": 3, "gradient_accumulation_steps": 2}
+    one = run(**settings)
+    two = settings | {"model": letters_model, "per_device_train_batch_size": 2}
+    first = tmp_path / "two" / "checkpoint-3"
+    done = worker(
+        two | {"folder": str(tmp_path / "two")},
+        two | {"folder": str(tmp_path / "resumed"), "resume": str(first)},
+        two | {"folder": str(tmp_path / "dropped"), "resume": str(first), "remove": str(first / "rollouts_1.pt")},
+        two | {"folder": str(tmp_path / "more"), "resume": one.checkpoint(3)},
+        processes=2,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "checkpoint-5' was not fully written" in done.stderr
-    assert_equal(tmp_path / "whole", tmp_path / "killed")
+    end = {
+        name: load_file(tmp_path / name / "end" / "model.safetensors")
+        for name in ("two", "resumed", "dropped", "more")
+    }
+    assert all(torch.equal(value, end["resumed"][name]) for name, value in end["two"].items())
+    assert not all(torch.equal(value, end["dropped"][name]) for name, value in end["two"].items())
+    warnings = [line for line in done.stderr.splitlines() if "rollouts in progress are dropped" in line]
+    assert ["`rollouts_1.pt` cannot be read" in line for line in warnings] == [True, False]
+    assert "`number of processes` is 2 instead of 1" in warnings[1]
+    fewer = run(str(first), **settings)
+    assert fewer.trainer.state.global_step == 5
+    assert "`number of processes` is 1 instead of 2" in messages()[-1]
