@@ -1,8 +1,6 @@
 """`SCoReTrainer`: rollout, reward and objective in TRL's `GRPOTrainer`. The only file that knows TRL's internals."""
 
-import json
 import math
-import os
 import textwrap
 import time
 from collections.abc import Callable
@@ -49,6 +47,7 @@ from .objective import (
 )
 from .padding import ScoredTokens, by_length, width
 from .quantization import keep_differentiable
+from .resuming import save_run, start_run, whole_checkpoint
 from .rollout import Bridge, decode_attempts, roll_out, save_rollout_settings
 from .score_config import TECHNICAL_GENERATION_KWARGS, SCoReConfig
 from .tasks.base import text_of
@@ -56,8 +55,6 @@ from .tasks.math import CORRECTION_INSTRUCTION
 
 
 logger = get_logger(__name__)
-
-STATE_FILE = "score_state.json"  # in a checkpoint
 
 
 class SCoReTrainer(GRPOTrainer):
@@ -188,6 +185,7 @@ class SCoReTrainer(GRPOTrainer):
         # TRL's own hook for rollouts: `_generate` does the bookkeeping on what it returns.
         self.rollout_func = self._roll_out
         self.schedule = schedule or partial(two_stages, stage1_steps=args.stage1_steps, num_attempts=args.num_attempts)
+        self._planned_steps = max(args.max_steps, 1)  # `max_steps` when the run began
         self._batch: Batch | None = None  # the one that is being made
         self._attempt: int | None = None  # the one that is being graded
         self._uncounted: int | None = None  # rollouts of the evaluation that is going on
@@ -205,9 +203,11 @@ class SCoReTrainer(GRPOTrainer):
         )
         self._context = ContextCheck(self)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         arrange(self)
-        output = super().train(*args, **kwargs)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         if (folder := checkpoint_to_load(self.callback_handler.callbacks, self.args, self.state)) is not None:
             self.state.best_model_checkpoint = folder
             self._load_best_model()
@@ -242,8 +242,7 @@ class SCoReTrainer(GRPOTrainer):
 
     def stage_at(self, step: int) -> Stage:
         """The stage of an optimizer step, counted from 0."""
-        max_steps = self.state.max_steps if self.state.max_steps > 0 else max(self.args.max_steps, 1)
-        return self.schedule(step, max_steps)
+        return self.schedule(step, self._planned_steps)
 
     def _new_batch(self, instructions: list[str]) -> Batch:
         training = self.model.training
@@ -662,30 +661,25 @@ class SCoReTrainer(GRPOTrainer):
 
     # Saving and resuming
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        # Between two generations the updates still to come need the rollouts they belong to.
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
-            torch.save(self._buffered_inputs, self._rollouts_file(self._get_output_dir(trial), self.state.global_step))
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            state = {"stage1_beta": self._stage1_beta, "num_generated_tokens": self._num_generated_tokens}
-            (folder / STATE_FILE).write_text(json.dumps(state))
+    def _get_train_sampler(self, dataset: Dataset | None = None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
-    def _load_rng_state(self, checkpoint):
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        path = self._rollouts_file(Path(checkpoint).parent, self.state.global_step)
-        if path.exists():
-            self._buffered_inputs = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        path = Path(checkpoint, STATE_FILE)
-        if path.exists():
-            state = json.loads(path.read_text())
-            self._num_generated_tokens = state["num_generated_tokens"]
-            if self.args.adaptive_stage1_beta:
-                self._stage1_beta = state["stage1_beta"]
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return start_run(self, max_steps, resume_from_checkpoint, *place)
+
+    def _save_checkpoint(self, model, trial):
+        save_run(self, Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # `trainer_state.json` is next, and says that all files are there
 
     def _load_best_model(self):
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -695,9 +689,6 @@ class SCoReTrainer(GRPOTrainer):
         for weights in whole:
             broadcast(weights)
         self._last_loaded_step = -1  # vLLM has other weights of the same step
-
-    def _rollouts_file(self, folder: "str | os.PathLike", step: int) -> Path:
-        return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / f"rollouts_{self.accelerator.process_index}.pt"
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         setattr(self.model.config, TRAINED_FLAG, True)

@@ -1,0 +1,258 @@
+"""
+What a checkpoint of `SCoReTrainer` holds besides the Trainer's own files, so that a resumed run is the uninterrupted run:
+
+- `score_state.json`: the `max_steps` and `stage1_steps` that the stages were planned with, the current `stage1_beta`, the number
+  of generated tokens, the settings of the rollouts in progress and how far the updates on them have come.
+- `rollouts_<process>.pt`: the rollouts in progress, if updates on them are still to come.
+
+The Trainer writes `trainer_state.json` last, when the files of all processes are there. So a folder with a readable
+`trainer_state.json` is a whole checkpoint.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from datasets import IterableDataset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .objective import resolve_stage1_steps
+
+
+logger = get_logger(__name__)
+
+STATE_FILE = "score_state.json"
+# Rollouts that were made with other values than the loss now expects have other shapes, tensors or weights.
+ROLLOUT_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_generations",
+    "num_iterations",
+    "num_attempts",
+    "temperature",
+    "beta",
+    "kl_level",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
+)
+
+
+def whole_checkpoint(checkpoint: "str | os.PathLike | bool", output_dir: "str | os.PathLike") -> str:
+    """
+    The folder of a checkpoint to resume from.
+
+    Args:
+        checkpoint (`str` or `bool`):
+            A checkpoint's folder, or `True` for the last one in `output_dir` that was fully written.
+        output_dir (`str`):
+            The run's folder.
+
+    Raises:
+        `ValueError`: if there is no such checkpoint, or it was not fully written.
+    """
+    if checkpoint is not True:
+        if not _is_whole(Path(checkpoint)):
+            raise ValueError(
+                f"`resume_from_checkpoint={str(checkpoint)!r}` is not a whole checkpoint: `{TRAINER_STATE_NAME}`, which is "
+                "written last, is missing or unreadable. Resume from an earlier checkpoint."
+            )
+        return str(checkpoint)
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = [path.name.removeprefix(prefix) for path in Path(output_dir).glob(f"{prefix}*")]
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        folder = Path(output_dir, f"{prefix}{step}")
+        if _is_whole(folder):
+            return str(folder)
+        logger.warning(f"'{folder}' was not fully written. Looking for an earlier checkpoint to resume from.")
+    raise ValueError(
+        f"`resume_from_checkpoint=True`, but '{output_dir}' holds no whole checkpoint. Leave it out to start a new run."
+    )
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a temporary file, and move it to `path` when it is whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_run(trainer, folder: Path) -> None:
+    """Write what [`start_run`] reads, before the Trainer writes its own files into the same folder."""
+    if trainer.args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        # An earlier run's file must not say that the folder is whole while this run writes into it.
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
+    position = trainer._step % _batches_per_rollouts(trainer)
+    if position:  # the updates still to come need the rollouts they belong to
+        folder.mkdir(parents=True, exist_ok=True)  # on each node
+        write_atomically(_rollouts_file(trainer, folder), lambda path: torch.save(trainer._buffered_inputs, path))
+    if trainer.args.should_save:
+        state = {
+            "max_steps": trainer._planned_steps,
+            "stage1_steps": trainer.args.stage1_steps,
+            "stage1_beta": trainer._stage1_beta,
+            "num_generated_tokens": trainer._num_generated_tokens,
+            "settings": _rollout_settings(trainer),
+            "position": position,
+            "stream": _place_in_stream(trainer) if isinstance(trainer.train_dataset, IterableDataset) else None,
+        }
+        write_atomically(folder / STATE_FILE, lambda path: path.write_text(json.dumps(state, indent=2)))
+
+
+def start_run(trainer, max_steps: int, checkpoint: str | None, epoch: int, batches: int) -> tuple[int, int]:
+    """
+    Reset what an earlier `train()` left behind, and restore what [`save_run`] saved if the run is resumed.
+
+    Args:
+        trainer ([`~trl_score.SCoReTrainer`]):
+            The Trainer has restored its own state already.
+        max_steps (`int`):
+            Optimizer steps of the whole run.
+        checkpoint (`str`, *optional*):
+            Folder to resume from.
+        epoch, batches (`int`):
+            Where the Trainer would start: the epoch, and the number of its micro-batches to skip.
+
+    Returns:
+        `tuple[int, int]`: the epoch to start in, and the number of its micro-batches to skip.
+    """
+    trainer._planned_steps = max_steps
+    trainer._stage1_beta = trainer.args.stage1_beta
+    trainer._num_generated_tokens = 0
+    trainer._step, trainer._buffered_inputs = 0, None
+    trainer._last_loaded_step = -1  # vLLM may hold other weights of the same step
+    if checkpoint is None:
+        return epoch, batches
+    state = _read_state(Path(checkpoint))
+    _resume_schedule(trainer, state, max_steps)
+    trainer._num_generated_tokens = state.get("num_generated_tokens", 0)
+    if trainer.args.adaptive_stage1_beta:
+        trainer._stage1_beta = state.get("stage1_beta", trainer._stage1_beta)
+    if trainer.state.global_step >= max_steps:
+        return trainer.state.num_train_epochs, 0  # the run is finished; the Trainer would add a step
+    if not isinstance(trainer.train_dataset, IterableDataset):
+        for _ in range(epoch):  # each epoch takes the next permutation from the sampler's generator
+            next(iter(trainer._train_sampler), None)
+    elif state.get("stream"):
+        epoch, batches = _resumed_in_stream(trainer, state["stream"])
+    trainer._step = batches  # every epoch starts with new rollouts, so the epochs before do not matter
+    trainer._buffered_inputs = _read_rollouts(trainer, Path(checkpoint), state)
+    return epoch, batches
+
+
+def _read_state(folder: Path) -> dict:
+    """`score_state.json`, as the main process reads it, on every process."""
+    state = {}
+    if PartialState().is_main_process:
+        try:
+            state = json.loads((folder / STATE_FILE).read_text())
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"`{STATE_FILE}` of the checkpoint cannot be read ({error}). The stages are planned with the current "
+                "`max_steps`, `stage1_beta` and `num_generated_tokens` start anew, and rollouts in progress are dropped."
+            )
+    return broadcast_object_list([state])[0]
+
+
+def _resume_schedule(trainer, state: dict, max_steps: int) -> None:
+    """Keep the stages where they were planned, unless the user has changed `stage1_steps`."""
+    stage1_steps, planned = trainer.args.stage1_steps, state.get("max_steps", max_steps)
+    if stage1_steps != state.get("stage1_steps", stage1_steps):
+        logger.warning(
+            f"`stage1_steps` is {stage1_steps} instead of {state['stage1_steps']} in the checkpoint: Stage I now ends after "
+            f"step {resolve_stage1_steps(stage1_steps, max_steps)}. The run resumes after step {trainer.state.global_step}."
+        )
+    elif planned != max_steps:
+        trainer._planned_steps = planned
+        logger.warning(
+            f"`max_steps` is {max_steps} instead of {planned} when the run began. The stages end where they were planned "
+            f"for {planned} steps. To move the end of Stage I, set `stage1_steps` to a number of steps."
+        )
+
+
+def _read_rollouts(trainer, folder: Path, state: dict) -> list[dict] | None:
+    """
+    The rollouts in progress of this process. `None` on all processes if there are none, if a setting has changed, or if one
+    of the processes cannot read its own.
+    """
+    if not state.get("position"):
+        return None
+    rollouts = reason = None
+    settings, path = _rollout_settings(trainer), _rollouts_file(trainer, folder)
+    changed = [
+        f"`{key}` is {settings[key]} instead of {value}"
+        for key, value in state["settings"].items()
+        if settings[key] != value
+    ]
+    if changed:
+        reason = ", ".join(changed)
+    elif trainer._step % _batches_per_rollouts(trainer) != state["position"]:
+        reason = "the run resumes at another place in the training data"
+    else:
+        try:
+            rollouts = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files raise errors of many types
+            reason = f"`{path.name}` cannot be read ({error})"
+    reasons = [each for each in gather_object([reason]) if each is not None]
+    if reasons:
+        logger.warning(
+            f"The checkpoint's rollouts in progress are dropped, and new ones are sampled: {reasons[0]}. The resumed run is "
+            "not bit-identical to an uninterrupted one."
+        )
+        return None
+    return send_to_device(rollouts, trainer.accelerator.device)
+
+
+def _batches_per_rollouts(trainer) -> int:
+    """Micro-batches that are trained on one generation of rollouts."""
+    return trainer.args.steps_per_generation * trainer.num_iterations
+
+
+def _rollouts_file(trainer, folder: Path) -> Path:
+    return folder / f"rollouts_{trainer.accelerator.process_index}.pt"
+
+
+def _rollout_settings(trainer) -> dict:
+    settings = {name: getattr(trainer.args, name) for name in ROLLOUT_SETTINGS}
+    return settings | {"number of processes": trainer.accelerator.num_processes}
+
+
+def _problems_per_batch(trainer) -> float:
+    """Problems that a stream moves on by, on average over the micro-batches of one generation of rollouts."""
+    return trainer.args.generation_batch_size / trainer.num_generations / _batches_per_rollouts(trainer)
+
+
+def _place_in_stream(trainer) -> dict:
+    """
+    How far an `IterableDataset` has been read. The Trainer does not know how long its epochs are: in `state.epoch` it counts an
+    epoch's micro-batches as shares of the whole run's.
+    """
+    state = trainer.state
+    epoch = max(math.ceil(state.epoch) - 1, 0)
+    batches = round((state.epoch - epoch) * state.max_steps * trainer.args.gradient_accumulation_steps)
+    return {"epoch": epoch, "problems": batches * _problems_per_batch(trainer)}
+
+
+def _resumed_in_stream(trainer, place: dict) -> tuple[int, int]:
+    """The epoch and micro-batch of a place in a stream. With other batch sizes it is rounded down to a whole update."""
+    if trainer.args.ignore_data_skip:
+        return place["epoch"], 0
+    batches = int(round(place["problems"] / _problems_per_batch(trainer), 6))
+    return place["epoch"], batches - batches % trainer.args.gradient_accumulation_steps
