@@ -108,7 +108,9 @@ def _is_gold(answer: str, gold: str, expected: Reading, problem: str | None) -> 
     if len(items) == len(set(written)) > 1 and not comparing.items_of(gold_value):
         if all(comparing.same(gold_value, item) for item in items):
             return True
-    return comparing.same(gold_value, value) and not (problem and repeats(problem, found.latex, expected.latex))
+    return comparing.same(gold_value, value) and not (
+        problem and repeats(problem, answer, found.latex, expected.latex)
+    )
 
 
 def _time(match: re.Match) -> tuple:

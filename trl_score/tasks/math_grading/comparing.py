@@ -20,6 +20,7 @@ from sympy import (
     Mul,
     Pow,
     Rational,
+    S,
     Set,
     Symbol,
     Tuple,
@@ -86,7 +87,9 @@ def _same_number(gold: Expr, found: Expr) -> bool:
         for literal, exact in zip(literals, (gold, found), strict=True):
             if literal is not None and not _has_decimals(exact):
                 _, digits, exponent = literal.as_tuple()
-                if len(digits) >= DIGITS and exponent < 0 and difference < Rational(10) ** exponent:
+                unit = Rational(10) ** exponent  # rounded, or cut off
+                is_near = difference <= unit / 2 or (difference < unit and abs(Rational(str(literal))) < abs(exact))
+                if len(digits) >= DIGITS and exponent < 0 and is_near:
                     return True
     return False
 
@@ -179,7 +182,8 @@ def as_set(value: object, is_union: bool) -> object:
                 variable if isinstance(side, Symbol | AppliedUndef) else side.doit()
                 for side in (relation.lhs, relation.rhs)
             ]
-            sets.append(relation.func(*sides).as_set())
+            bound = relation.func(*sides)
+            sets.append(S.Reals if bound is S.true else bound.as_set())
         if len(sets) > 1 and hasattr(part, "_unsorted_args"):
             sets[-2:] = [Intersection(*sets[-2:])]
     return Union(*sets) if is_union else Intersection(*sets)

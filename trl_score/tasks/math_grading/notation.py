@@ -34,7 +34,7 @@ ITEM_END = rf"(?={SPACE}*(?:$|[,;)\]]|\\\}}|\\text\s*\{{\s*(?:and|or)))"
 UNITS = [
     re.compile(SPACE + r"*\\frac\s*\{\s*\\text\s*\{[^{}]*\}[^{}]*\}\s*\{\s*\\text\s*\{[^{}]*\}[^{}]*\}(?=[\s.]*$)"),
     re.compile(rf"(?<=[\d}})!%.a-zA-Z]){SPACE}*\\text\s*\{{(?!\s*,?\s*(?:and|or)\s*\}})[^{{}}]*\}}{POWER}(?:/\\text\{{[^{{}}]*\}}{POWER})?{ITEM_END}"),
-    re.compile(rf"(?<=[\d}})%]){SPACE}+{UNIT}{POWER}(?:{SPACE}*(?:/|{SPACE}per{SPACE}|-|{SPACE}){SPACE}*{UNIT}{POWER})*{ITEM_END}"),
+    re.compile(rf"(?:(?<=[\d}})%])|(?<=\\pi)){SPACE}+{UNIT}{POWER}(?:{SPACE}*(?:/|{SPACE}per{SPACE}|-|{SPACE}){SPACE}*{UNIT}{POWER})*{ITEM_END}"),
     re.compile(rf"(?<=[\d}})]){SPACE}*{SHORT}{POWER}(?:/{UNIT}{POWER})?(?![a-zA-Z]){ITEM_END}"),
     re.compile(rf"{SPACE}*\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)(?:{SPACE}*(?:[CF]|\\text\s*\{{\s*[CF]\s*\}})(?![a-zA-Z]))?"),
     re.compile(r"\\?\$(?=\s*[\d.\\])"),
@@ -44,15 +44,20 @@ UNITS = [
 # --- spellings ---
 
 RANGE = re.compile(r"\$?\s*\d[\d.,]*\s*[–~]\s*\$?\s*\d[\d.,]*")
+COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 MULTIPLIERS = {
     "dozen": "12",
+    "score": "20",
+    "gross": "144",
+    "lakh": "10^{5}",
+    "crore": "10^{7}",
+    "mil": "10^{6}",
     "hundred": "100",
     "thousand": "1000",
     "million": "10^{6}",
     "billion": "10^{9}",
     "trillion": "10^{12}",
 }
-COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def _recurring(match: re.Match) -> str:
@@ -69,6 +74,9 @@ REWRITES = [
     (re.compile(rf"\\(?:math(?:rm|it)|text|operatorname)\s*\{{\s*({FUNCTIONS})\s*\}}"), r"\\\1 "),
     (re.compile(r"\\(?:math(?:rm|bf|it)|text)\s*\{\s*(-?\d[\d,.]*|[ei])\s*\}"), r"{\1}"),
     (re.compile(r"\\(?:text(?:bf|rm|it|normal)|math(?:rm|it)|mbox)(?![a-zA-Z])"), r"\\text"),
+    (re.compile(r"(?<![\\a-zA-Z])a(sin|cos|tan)(?![a-zA-Z])"), r"arc\1"),
+    (re.compile(r"(?<![\\a-zA-Z])log(\d+)\s*\("), r"\\log_{\1}("),
+    (re.compile(r"(?<![\\a-zA-Z])abs\(([^()]*)\)"), r"|\1|"),
     (re.compile(rf"(?<![\\a-zA-Z])({FUNCTIONS}|{LETTERS})(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"(?<![\\a-zA-Z])(?:infinity|oo)(?![a-zA-Z])"), r"\\infty "),
     (re.compile(r"\\?(?<![a-zA-Z])sqrt\s*(\d+|[a-zA-Z](?![a-zA-Z]))"), r"\\sqrt{\1}"),
@@ -83,6 +91,11 @@ REWRITES = [
     (re.compile(r">\s*="), r"\\ge "),
     (re.compile(r"\+\s*/?\s*-(?=\s*[\d\\a-z(])"), r"\\pm "),
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\^\s*(-\d+)"), r"^{\1}"),
+    (re.compile(r"\\backslash(?![a-zA-Z])"), r"\\setminus "),
+    (re.compile(r"^\](.*)\[$"), r"(\1)"),
+    (re.compile(r"\{:\}|\\!\s*:\s*\\!"), ":"),
+    (re.compile(rf"(?<=\d)\s*\((?:{'|'.join(COUNTS)})\)$"), ""),
     (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|x(?=10\^))"), r"\\times "),
     (re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])"), r"\\cup "),
     (re.compile(r"^(\d+) to (\d+)$"), r"\1:\2"),
@@ -112,7 +125,7 @@ REWRITES = [
 ]  # fmt: skip
 LEAD = re.compile(
     r"^(?:the answer|answer|it|that|this|which|there|is|are|equal to|equals?|exactly|only|just|simply|about|around|approximately|roughly"
-    r"|a total of|both|\\approx|:|\\text\s*\{\s*Rs\.?\s*\}|Rs\.?|(?:US|USD)(?=\s*\\?\$?\s*\d))(?![a-zA-Z])\s*",
+    r"|a total of|both|\\approx|:|\\text\s*\{\s*(?:Rs\.?|(?:the )?(?:final )?answer(?: is)?\s*[:=]?)\s*\}|Rs\.?|(?:US|USD)(?=\s*\\?\$?\s*\d))(?![a-zA-Z])\s*",
     re.IGNORECASE,
 )
 
@@ -156,6 +169,6 @@ def without_units(latex: str) -> str:
 def plain(answer: str) -> str:
     """Without the marks of text: names are compared by letter."""
     answer = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;! ]", "", TEXT.sub(r"\1", answer).replace("~", " "))
-    answer = re.sub(r"(?<=[a-zA-Z)])\s*,\s*", ",", answer).strip().lower()
+    answer = re.sub(r"(?<=[a-zA-Z)])\s*(?:,|,?\s\band\b)\s*", ",", answer).strip().lower().removesuffix(".")
     option = re.fullmatch(r"(?:option |choice )?\(?([a-z])\)?", answer)
     return option[1] if option else answer

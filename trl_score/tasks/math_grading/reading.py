@@ -43,7 +43,7 @@ CONFIG = [
 
 HEDGE = r"vs|versus|not|nor|but|except|maybe|perhaps|possibly|probably|xor|then|otherwise|if|unless|when|either"
 RELATION = (  # to a number, which is not that number
-    r"less|greater|fewer|larger|smaller|bigger|higher|lower|below|above|least|most|half|halves|thirds|quarters|fourths|fifths"
+    r"less|greater|fewer|larger|smaller|bigger|higher|lower|below|above|least|most|half|halves|thirds|quarters?|fourths|fifths"
     r"|tenths|hundredths|thousandths|twice|double|triple|thrice|times|almost|nearly|close|near|between|than|multiple|squared|cubed|factorial|reciprocal"
     r"|opposite|negative|minus|plus|root|square root|logarithm|power|remainder|modulo|divided|divides|through|point|approaches|beyond"
     r"|or (?:more|less|fewer|so|greater|under|over)|digits? of|up to|at most|at least|unknown|undetermined"
@@ -55,7 +55,7 @@ HARMLESS = re.compile(  # a number may have these words before or after it
     re.IGNORECASE,
 )
 PARTITIVE = re.compile(  # "the cube of 5", "next to 5", "5 of 6"; but "a total of 5"
-    r"(?<!total )(?<!sum )(?<!equal )(?<!comes )(?<!amounts )(?<!adds up )(?<![\\a-zA-Z])(?:of|to|by|from|over|under|within|before|after|until|past|per|for|in|on"
+    r"(?<!total )(?<!sum )(?<!equal )(?<!comes )(?<!amounts )(?<!adds up )(?<![\\a-zA-Z])(?:of|to|by|from|over|under|within|before|after|until|past|per|for|as|in|on"
     r"|without|with|around half)\b[\s$(\\]*(?=-?\d)|(?<=\d)\s+(?:out of|in|of)\s+(?=\d)",
     re.IGNORECASE,
 )
@@ -66,6 +66,7 @@ SEVERAL = re.compile(
 UNREADABLE = [  # read in part, or as a product
     re.compile(r"(?<!frac )(?<!binom )(?<!_)\d(?:\s|~|\\[ ,;:])+\d"),  # "3 4", added up
     re.compile(r"[\d})](?:\s|~|\\[ ,;:])+0(?![.\d])"),  # multiplied, so 0
+    re.compile(r"\d\s*'"),  # feet or minutes
     re.compile(r"\d[a-zA-Z]\d"),  # 0x10, a product
     re.compile(r"\\(?:lor|vee|land|wedge|to|mid|parallel|Rightarrow|iff|implies|bmod|mod|neg)(?![a-zA-Z])|\\\\"),
     re.compile(r"=.*(?:\\mid\b|\|).*=", re.DOTALL),
@@ -85,9 +86,11 @@ LEFT_SIDE = re.compile(  # names that math-verify does not read
     r"^(?:\\text\s*\{[^{}\d]+\}|[A-Za-z]{3,}(?: [a-z]+)*|m?\s*\\angle\s*[A-Z]{1,3}|P\s*\([^()=]*\)|\|[A-Z]{2}\|)\s*=\s*(?=[^=]+$)"
 )
 BASE = re.compile(
-    r"(?<=\d)\s*(?:\}\s*)?_\s*\{?\s*(?:\\text\s*\{\s*)?(\w+)\s*\}?\s*\}?\s*$|(?<=\d)\s*\(?\s*(?:in )?base\s+(\w+)\s*\)?$"
+    r"(?<=\d)\s*(?:\}\s*)?_\s*\{?\s*(?:\\text\s*\{\s*)?(?:base\s*\}?\s*)?(\w+)\s*\}?\s*\}?\s*$|(?<=\d)\s*\(?\s*(?:in )?base\s+(\w+)\s*\)?$"
 )
-MODULUS = re.compile(SPACE + r"*(?:\\pmod\s*(?:\{([^{}]+)\}|(\w))|\(\s*\\?(?:text\s*\{)?mod\b\s*\}?\s*([^()]+)\))\s*$")
+MODULUS = re.compile(
+    rf"{SPACE}*(?:\\pmod\s*(?:\{{([^{{}}]+)\}}|(\w))|\(?\s*(?:\\b?mod|\\text\s*\{{\s*mod\s*\}}|(?<![a-z\\])mod\b)\s*\{{?\s*(\w+)\s*\}}?\s*\)?)\s*$"
+)
 BUILDER = re.compile(r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\||\\vert)\s*(.*)\\\}$")
 
 
@@ -97,9 +100,10 @@ def read(answer: str) -> Reading:
         return Reading(plain(answer))
     latex = notation(answer)
     words = HARMLESS.sub(" ", TEXT.sub(r" \1 ", latex))
-    refused = REFUSED.search(words) or PARTITIVE.search(words) or ELLIPSIS.search(latex) or RANGE.fullmatch(latex)
-    if refused or not latex:
+    if REFUSED.search(words) or PARTITIVE.search(words):
         return Reading(plain(answer), refused=True)
+    if not latex or ELLIPSIS.search(latex) or RANGE.fullmatch(latex):
+        return Reading(plain(answer))
     if latex.lower() in COUNTS or plain(latex) in COUNTS:
         latex = str(COUNTS.index(plain(latex)))
     latex = LEFT_SIDE.sub("", latex)
@@ -126,7 +130,7 @@ def read(answer: str) -> Reading:
     value = sympy_of(latex)
     if (
         isinstance(value, FiniteSet)
-        and "\\pm" not in latex
+        and not re.search(r"\\pm|;", latex)
         and len(getattr(value, "_unsorted_args", value.args)) < len(elements(latex))
     ):
         value = None  # 5, 5 is no answer 5
@@ -148,4 +152,9 @@ def elements(latex: str) -> list[str]:
 def sympy_of(latex: str) -> object:
     """What math-verify reads in LaTeX; `None` if nothing."""
     parsed = parse(f"${latex}$", CONFIG, extraction_mode="first_match", parsing_timeout=None)
-    return parsed[0] if parsed and not isinstance(parsed[0], str) else None
+    if parsed and not isinstance(parsed[0], str):
+        return parsed[0]
+    if latex.count("\\pm") == 1:  # inside of a fraction, which math-verify does not read
+        both = [sympy_of(latex.replace("\\pm", sign)) for sign in "+-"]
+        return None if None in both else FiniteSet(*both)
+    return None

@@ -21,6 +21,7 @@ TYPED = [  # formulas in a statement without the marks of mathematics, with lett
     re.compile(r"(?:sqrt|\d|[()+*/^!√×·÷−%.-]|\s)+"),
 ]
 SIDES = re.compile(r"=|<|>|\\(?:leq?|geq?|neq?|approx|equiv|quad|qquad)(?![a-zA-Z])|,|;|\\\\|&|:")
+RECURRING = re.compile(r"\\(?:overline|bar|dot)(?![a-zA-Z])|dots(?![a-zA-Z])|\.\.\.")
 PLAIN = re.compile(r"[-+]?(?:\d*(?:\.\d+)?|[a-zA-Z]|\\pi|\\infty)")
 NUMBER = re.compile(r"(?<![\w.\\])(?<!_\{)\d+(?:\.\d+)?")
 
@@ -60,15 +61,27 @@ def _expressions(problem: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def repeats(problem: str, found: str, expected: str) -> bool:
-    """Whether an answer is an expression of the statement, and not of the gold answer's form. A number stays an answer."""
-    sides = {found, found.split("=")[-1].strip()}
-    forms_found = {form(side) for side in sides if not is_plain(side)}
-    return (
-        bool(forms_found & _expressions(problem))
-        and form(found) != form(expected)
-        and form(found.split("=")[-1].strip()) != form(expected.split("=")[-1].strip())
-    )
+def repeats(problem: str, answer: str, found: str, expected: str) -> bool:
+    """
+    Whether an answer is an expression of the statement, and not of the gold answer's form. A number stays an answer.
+
+    Args:
+        problem (`str`):
+            The statement.
+        answer, found (`str`):
+            The answer as it is stated, and as it was read.
+        expected (`str`):
+            The gold answer as it was read.
+    """
+    if RECURRING.search(answer):  # read as a fraction
+        return _compact(answer) in _compact(problem) and not RECURRING.search(expected)
+    last, gold = (latex.split("=")[-1].strip() for latex in (found, expected))
+    ours = {form(side) for side in (found, last) if not is_plain(side)}
+    return bool(ours & _expressions(problem)) and form(found) != form(expected) and form(last) != form(gold)
+
+
+def _compact(text: str) -> str:
+    return re.sub(r"[\s{}]", "", text)
 
 
 def form(latex: str) -> str:

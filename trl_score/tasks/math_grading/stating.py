@@ -24,7 +24,7 @@ MAX_STATEMENTS = 50  # statements of one form that are looked at, from the last
 HOPE = re.compile(r"final answer is\b:?((?:(?!final answer is\b)[\s\S]){0,1500}?)I hope it is correct", re.IGNORECASE)
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 LABEL = re.compile(
-    r"\banswer\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|would be|will be|must be)\b|[:=])[:*_]*"
+    r"\banswer\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|would be|will be|must be)\b(?: (?:therefore|thus|then|hence|simply|just)\b)?|[:=])[:*_,]*"
     r"|\bsolution is\b:?|^\W{0,4}A:|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -37,7 +37,7 @@ REASON = re.compile(
     r",?\s*\b(?:because|since|which|hence|therefore)\b.*|, (?:and )?not\b.*", re.IGNORECASE | re.DOTALL
 )
 CHECKED = re.compile(
-    r"\b(?:verif|check|confirm|test)\w*\s+(?:\w+\s+){0,2}$", re.IGNORECASE
+    r"\b(?:verify|check|confirm)(?:ing)? (?:\w+ ){0,2}$", re.IGNORECASE
 )  # "let us check our answer: .."
 DIRECT = re.compile(  # begins with a number, a formula or a letter: "5 cm", not "clear, since 3 + 4 = 7"
     r"[\W_]*(?:(?:about|approximately|exactly|only|just|simply|either|both|equal to)\s+)?[\W_]*"
@@ -58,7 +58,7 @@ FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
 # --- parts of one answer, and alternatives to it ---
 
 JOINT = re.compile(  # between two boxes of one answer: marks and "and"; or an "or" in the same sentence
-    r"(?:[\s$,;&/|]|[a-zA-Z]\s*=|\\quad|\\[()\[\]]|\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})*|[^.\n]{0,40}\bor\b[^.\n]{0,40}"
+    r"(?:[\s$,;&/|]|\\quad|\\[()\[\]]|\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})*|[^.\n]{0,40}\bor\b[^.\n]{0,40}"
 )
 OR_AFTER = re.compile(r"[\s$*)\]\\]*(?:\bor\b|\bvs\b)[^.\n]{0,40}?(?=\d|\\)[^\s.]*", re.IGNORECASE)  # \boxed{3} or 4
 OR_BEFORE = re.compile(r"(?:\beither\b|\banswer(?: is\b|:))[^.\n,]{0,40}\bor\b[^.\n,]{0,20}$", re.IGNORECASE)
@@ -85,6 +85,7 @@ DENIED_AFTER = re.compile(
 
 MATH_MARKS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 WRAPPED = re.compile(r"^(?:\*+|\$+|\\\(|\\\[|`+|_{2})\s*(.*?)\s*(?:\*+|\$+|\\\)|\\\]|`+|_{2})$", re.DOTALL)
+EDGES = re.compile(r"^(?:\\[,;:! ]|~|\\q?quad\b)+|(?:\\[,;:!\\ ]|~|\\q?quad)+$|(?<!\\)\\$")
 ENDS = re.compile(r"""^\\?["“]|\\?["”]$|(?<![.,;:])[.,;:]$""")  # quotes, and one mark at the end: "3..." goes on
 
 
@@ -93,7 +94,7 @@ def unwrapped(answer: str) -> str:
     before = None
     while answer != before:
         before, answer = answer, answer.strip().removeprefix("**").removesuffix("**").strip()
-        answer = ENDS.sub("", answer).strip()
+        answer = ENDS.sub("", EDGES.sub("", answer)).strip()
         if answer.count("$") % 2:  # one of a pair that was lost
             answer = answer.strip("$")
         if (wrapped := WRAPPED.match(answer)) and not MATH_MARKS.search(wrapped.group(1)):
@@ -110,7 +111,8 @@ def _braced(text: str, start: int) -> str | None:
     """The contents of the braces that open at `start`; `None` if they do not close in time."""
     depth = 0
     for position in range(start, min(len(text), start + MAX_ANSWER)):
-        if text[position] in "{}" and text[position - 1] != "\\":
+        before = text[start:position]
+        if text[position] in "{}" and (len(before) - len(before.rstrip("\\"))) % 2 == 0:
             depth += 1 if text[position] == "{" else -1
             if depth == 0:
                 return text[start + 1 : position]
@@ -163,18 +165,15 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
     """What stands behind "the answer is", or before "is the answer", each with its place."""
     for label in _last(LABEL, text):
         rest = text[label.end() :]
-        lines = [
-            line for line in rest.split("\n", 8)[:8] if re.search(r"\w", line)
-        ]  # this one, or the next with words
+        lines = [line for line in rest.split("\n", 8)[:8] if re.search(r"\w", line)]  # here, or the next with words
         if not lines:
             continue
         end = None if "####" in label.group() else SENTENCE_END.search(lines[0])
         sentence = REASON.sub("", lines[0][: end.start()] if end else lines[0])
-        if len(MATH_MARKS.findall(sentence)) % 2 and not MONEY.match(sentence.strip(" *")):
-            display = re.match(r"\s*(?:\\\[|\$\$)\s*([\s\S]{1,400}?)(?:\\\]|\$\$)", rest)
-            if not display:  # cut off in a formula
-                continue
+        if display := re.match(r"\s*(?:\\\[|\$\$)\s*([\s\S]{1,400}?)(?:\\\]|\$\$)", rest):
             sentence = display.group(1)
+        elif len(MATH_MARKS.findall(sentence)) % 2 and not MONEY.match(sentence.strip(" *")):  # cut off in a formula
+            continue
         stop = label.end() + rest.index(lines[0]) + (end.start() if end else len(lines[0]))
         denied = "####" not in label.group() and _is_denied(text, label.start(), stop)
         if (
@@ -205,7 +204,8 @@ def _last_line(text: str) -> str | None:
         lines = [line.strip() for line in text[-3000:].split("\n") if not FENCE.match(line)][-2:]
     last = lines[-1] if lines else ""
     if not _is_bare(last) or (
-        len(lines) > 1 and ((re.search(r"\d", lines[0]) and _is_bare(lines[0])) or NUMBERED.fullmatch(last))
+        len(lines) > 1
+        and ((re.search(r"\d|^\W*[A-Z]\W*$", lines[0]) and _is_bare(lines[0])) or NUMBERED.fullmatch(last))
     ):
         return None
     if last.count("{") != last.count("}") or (
