@@ -80,7 +80,7 @@ def is_correct(text: str, gold: str, problem: str | None = None) -> bool:
 def _is_gold(answer: str, gold: str, expected: Reading, problem: str | None) -> bool:
     if plain(answer) == plain(gold):
         return bool(answer)
-    gold_time, time = CLOCK.fullmatch(gold), CLOCK.fullmatch(answer)
+    gold_time, time = (CLOCK.fullmatch(each.replace(r"\!", "")) for each in (gold, answer))
     if gold_time and (gold_time["minute"] or gold_time["half"]):
         return time is not None and _time(gold_time) == _time(time)
     if time and time["half"]:

@@ -68,6 +68,7 @@ def _recurring(match: re.Match) -> str:
 
 REWRITES = [
     (re.compile(r"\\\\(?=[a-zA-Z])(?!.*\\begin)"), r"\\"),
+    (re.compile(r"\\!\s*"), ""),
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+"), lambda power: f"^{{{power.group().translate(SUPERSCRIPTS)}}}"),
     (re.compile(r"\\(?:bold(?:symbol)?|bm|pmb|displaystyle|limits|phantom)(?![a-zA-Z])|\\[mb]?(?:left|right)(?=\s*[.])\s*\."), " "),
     (re.compile(r"\\(?:left|right|[bB]ig+[lr]?)(?![a-zA-Z])\s*"), ""),
@@ -94,7 +95,7 @@ REWRITES = [
     (re.compile(r"\^\s*(-\d+)"), r"^{\1}"),
     (re.compile(r"\\backslash(?![a-zA-Z])"), r"\\setminus "),
     (re.compile(r"^\](.*)\[$"), r"(\1)"),
-    (re.compile(r"\{:\}|\\!\s*:\s*\\!"), ":"),
+    (re.compile(r"\{:\}"), ":"),
     (re.compile(rf"(?<=\d)\s*\((?:{'|'.join(COUNTS)})\)$"), ""),
     (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|x(?=10\^))"), r"\\times "),
     (re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])"), r"\\cup "),
@@ -110,7 +111,7 @@ REWRITES = [
     (re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])"), r"\1\\cdot 10^{\2}"),
     (re.compile(r"(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\\frac{\2}{\3}"),  # 2 3/4, read as (2+3)/4
     (re.compile(r"(?<![\w.\\^{])(\d+)\s*\((?=\s*-?\d)"), r"\1\\cdot("),  # 3(4), read as 3+4
-    (re.compile(r"(?<=\d)(?:(?:\s|~|\\[ ,;:])+|,?\s*\\!\s*|\{,\})(?=\d{3}(?!\d))"), ""),  # 12 345 and 12\,345, added up
+    (re.compile(r"(?<=\d)(?:(?:\s|~|\\[ ,;:])+|\{,\})(?=\d{3}(?!\d))"), ""),  # 12 345 and 12\,345, added up
     (re.compile(r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?=(?:\.\d+)?$)"), lambda number: number.group().replace(",", "")),  # x=12,345
     (
         re.compile(rf"(-?\d[\d,]*(?:\.\d+)?)((?:{SPACE}|-)*)(\\text\s*\{{\s*)?\b({'|'.join(MULTIPLIERS)})\b"),
