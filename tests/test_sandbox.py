@@ -146,7 +146,7 @@ ESCAPES = {
     "a huge message": "import os, struct\ndef f(x):\n    os.write(3, struct.pack('<I', 2**32 - 1))\n    return os.read(3, 10**6)",
     "recursion through a callback": "def f(g): return g(lambda h: f(g))",
     "a module that was not loaded": "import antigravity\ndef f(x): return 1",
-    "the worker's own module": "import values\ndef f(x): return 1",
+    "the worker's own module": "import channel\ndef f(x): return 1",
     "files by number": "import os\ndef f(x): return [fd for fd in range(4, 256) if os.read(fd, 1) is not None]",
     "the parent": "import os, signal\ndef f(x):\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 1",
     "every process": "import os, signal\ndef f(x):\n    [os.kill(p, 9) for p in range(2, 3000) if p != os.getpid()]",

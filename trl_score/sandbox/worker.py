@@ -3,7 +3,7 @@ The worker of the sandbox: an interpreter that has loaded the standard library, 
 each program. Run by path, by [`trl_score.sandbox.Sandbox`]; it can import nothing of ours but its neighbours.
 
     pool ──job──► worker ──fork──► checker    reads the job (tests, expected values), runs the tests, writes the verdict
-                    │                 │ values.Peer
+                    │                 │ channel.Peer
                     └─────fork──► candidate   holds the program, and never anything else
 
 The worker itself never reads a job: what it does not know, the next program cannot find in its memory. It watches the
@@ -30,8 +30,8 @@ import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(1, os.path.dirname(sys.path[0]))
+import channel
 import isolation
-import values
 import worker_pool
 
 
@@ -67,7 +67,7 @@ def load_modules(packages: list[str]) -> None:
 
 def plain_interpreter() -> None:
     """Take away what tells this interpreter from a fresh one, and what a program could come to depend on."""
-    for name in ("isolation", "values", "worker_pool"):
+    for name in ("isolation", "channel", "worker_pool"):
         del sys.modules[name]
     sys.path[:] = []
     sys.argv[:] = sys.orig_argv[:] = [""]
@@ -97,10 +97,10 @@ class Candidate:
         return function(*arguments, **named), arguments, named
 
 
-def candidate(channel: int) -> None:
+def candidate(file: int) -> None:
     holder = Candidate()
-    peer = values.Peer(
-        channel, values.everything, {"load": holder.load, "names": holder.names, "call_and_show": holder.call}
+    peer = channel.Peer(
+        file, channel.everything, {"load": holder.load, "names": holder.names, "call_and_show": holder.call}
     )
     with contextlib.suppress(EOFError):
         while True:
@@ -140,7 +140,7 @@ def put_back(original, changed) -> None:
 class MutableCall:
     """A function of the program's that may change its arguments, and does so here too."""
 
-    def __init__(self, function: values.Remote):
+    def __init__(self, function: channel.Remote):
         self.function = function
 
     def __call__(self, *arguments, **named):
@@ -153,7 +153,7 @@ class MutableCall:
         return result
 
 
-def check(job: dict, peer: values.Peer) -> dict:
+def check(job: dict, peer: channel.Peer) -> dict:
     """Load the program, run the tests on it: `{"passed": bool, "reason": str}`, or `{"broken": str}` for bad tests."""
     try:
         code = compile(job["tests"], "<tests>", "exec", dont_inherit=True)
@@ -170,15 +170,15 @@ def check(job: dict, peer: values.Peer) -> dict:
         for name in wanted:
             if name in found:
                 value = found[name]
-                if name in values.MODULES and name not in job["entry"]:
+                if name in channel.MODULES and name not in job["entry"]:
                     value = importlib.import_module(
                         name
                     )  # the program may have imported it; what it is, it cannot say
-                if job["mutable_arguments"] and type(value) is values.Remote:
+                if job["mutable_arguments"] and type(value) is channel.Remote:
                     value = MutableCall(value)
                 setattr(tests, name, value)
         exec(code, vars(tests))
-    except values.Lost as error:
+    except channel.Lost as error:
         return {"passed": False, "reason": str(error)}
     except BaseException as error:
         reason = describe(error, job["tests"])
@@ -203,9 +203,9 @@ def describe(error: BaseException, tests: str) -> str:
     return text[:MAX_REASON]
 
 
-def checker(job_file: int, channel: int, alive: int) -> None:  # `alive` is held open, no more
+def checker(job_file: int, file: int, alive: int) -> None:  # `alive` is held open, no more
     job = json.loads(worker_pool.read_job(job_file)[LIMITS.size :])
-    verdict = json.dumps(check(job, values.Peer(channel, values.tests_allow))).encode()
+    verdict = json.dumps(check(job, channel.Peer(file, channel.tests_allow))).encode()
     worker_pool.write_result(job_file, verdict)
 
 
@@ -283,9 +283,9 @@ def judge(job_file: int, pool: socket.socket, backend: str, around_fork, base: i
 
 
 def main() -> None:
-    backend, packages, paths, channel = sys.argv[1], sys.argv[2].split(), json.loads(sys.argv[3]), int(sys.argv[4])
-    pool = socket.socket(fileno=channel)
-    os.set_inheritable(channel, False)
+    backend, packages, paths, file = sys.argv[1], sys.argv[2].split(), json.loads(sys.argv[3]), int(sys.argv[4])
+    pool = socket.socket(fileno=file)
+    os.set_inheritable(file, False)
     try:
         sys.path += paths
         load_modules(packages)
