@@ -9,14 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..worker_pool import Outcome, WorkerPool
+from ..worker_pool import CAN_SEND_DESCRIPTORS, NO_DESCRIPTORS, Outcome, WorkerPool
 from .isolation import BACKENDS
+from .names import undefined_names
 
 
 logger = logging.getLogger(__name__)
 
 WORKER = Path(__file__).parent / "worker.py"
+START = """
+import os, sys
+here = os.path.dirname(sys.argv[1])
+sys.path[:0] = [here, os.path.dirname(here)]
+if sys.platform == "linux":  # by descriptors: no program is to find where on this machine its interpreter lives
+    sys.path[:] = [f"/proc/self/fd/{os.open(path, 0)}" for path in sys.path if os.path.isdir(path)]
+del here
+import channel, isolation, worker, worker_pool
+del sys.path[:2]
+worker.main()
+"""
 LIMITS = struct.Struct("<ddQ")  # as in worker.py
+MAX_STRETCH = 10  # as in worker.py
 MISSING = {
     "landlock": "no namespaces: the program shares process numbers with the host, and is kept from them by seccomp alone",
     "seccomp": "no namespaces and no Landlock: one layer, the filter of system calls, keeps the program from the host",
@@ -49,10 +62,22 @@ class Submission:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the program passed all of its tests; if not, why, in one line."""
+    """
+    Whether the program passed all of its tests.
+
+    Args:
+        passed (`bool`):
+            Whether all tests passed.
+        reason (`str`):
+            `"passed"`, or why not, in one line.
+        unsupported (`str`, *optional*, defaults to `""`):
+            What the tests do that the sandbox does not do as a plain run would. Where it is not empty, the program may be
+            right although it did not pass (docs/sandbox.md).
+    """
 
     passed: bool
     reason: str
+    unsupported: str = ""
 
 
 class Sandbox:
@@ -134,6 +159,13 @@ class Sandbox:
         for name, value in (("cpu_seconds", cpu_seconds), ("wall_seconds", wall_seconds), ("memory", memory)):
             if not value > 0:
                 raise ValueError(f"`{name}={value}` leaves a program nothing to run with. Set it above 0.")
+        if not CAN_SEND_DESCRIPTORS:
+            raise RuntimeError(NO_DESCRIPTORS)
+        if sys.platform != "linux" and backend != "none":
+            raise RuntimeError(
+                f"The locks of the sandbox are Linux's, and this is {sys.platform}: use Linux, a container or a runner of your "
+                "own (docs/sandbox.md), or `backend='none'` where nothing can be lost."
+            )
         self.cpu_seconds, self.wall_seconds, self.memory = cpu_seconds, wall_seconds, memory
         refusals = {}
         for self.backend in BACKENDS[:-1] if backend == "auto" else [backend]:
@@ -158,7 +190,7 @@ class Sandbox:
 
     def _command(self, packages: Sequence[str]) -> list[str]:
         paths = [path for path in sys.path if path] if packages else []
-        options = ["-P", "-s", "-S", "-B"]
+        options = ["-P", "-s", "-S", "-B", "-c", START]
         return [sys.executable, *options, str(WORKER), self.backend, " ".join(packages), json.dumps(paths)]
 
     def close(self) -> None:
@@ -192,7 +224,7 @@ class Sandbox:
             ).encode()
             for submission in submissions
         ]
-        outcomes = self._pool.map(jobs, time_limit=self.wall_seconds + 10)
+        outcomes = self._pool.map(jobs, time_limit=MAX_STRETCH * self.wall_seconds + 10)
         return [self._verdict(*pair) for pair in zip(submissions, outcomes, strict=True)]
 
     def _verdict(self, submission: Submission, outcome: Outcome) -> Verdict:
@@ -209,7 +241,7 @@ class Sandbox:
         reason = found["reason"]
         if end["signal"] and not found["passed"]:
             reason += f" (signal {end['signal']})"
-        return Verdict(found["passed"] is True, reason)
+        return Verdict(found["passed"] is True, reason, found["unsupported"])
 
 
-__all__ = ["BACKENDS", "Sandbox", "Submission", "Verdict"]
+__all__ = ["BACKENDS", "Sandbox", "Submission", "Verdict", "undefined_names"]
