@@ -30,6 +30,7 @@ import struct
 import sys
 import threading
 import types
+import unittest
 import uuid
 
 import remote
@@ -109,9 +110,10 @@ def _wait_for(awaitable):
     return _LOOP["loop"].run_until_complete(wait())
 
 
+ARITHMETIC = "add sub mul matmul truediv floordiv mod pow lshift rshift and xor or".split()
 _LOOP: dict = {}  # the one event loop of this process
 OPERATIONS = {
-    "call": lambda target, *arguments, **named: target(*arguments, **named),
+    "call": lambda target, /, *arguments, **named: target(*arguments, **named),
     "getattr": getattr, "setattr": setattr, "delattr": delattr, "dir": dir, "copy": copy.copy, "deepcopy": copy.deepcopy,
     "setitem": operator.setitem, "delitem": operator.delitem, "iter": iter, "next": next, "reversed": reversed,
     "send": lambda target, value: target.send(value), "hash": hash, "len": len, "bool": bool, "int": int, "float": float,
@@ -122,7 +124,7 @@ OPERATIONS = {
     "issubclass": lambda target, other: issubclass(other, target),
     "enter": lambda target: type(target).__enter__(target),
     "exit": lambda target, *error: bool(type(target).__exit__(target, *error)),
-    "dataclass": lambda target, name, *arguments, **named: getattr(dataclasses, name)(target, *arguments, **named),
+    "dataclass": lambda target, name, /, *arguments, **named: getattr(dataclasses, name)(target, *arguments, **named),
     "await": _wait_for, "aiter": lambda target: type(target).__aiter__(target),
     "anext": lambda target: _wait_for(type(target).__anext__(target)),
     "aenter": lambda target: _wait_for(type(target).__aenter__(target)),
@@ -130,7 +132,7 @@ OPERATIONS = {
 }  # fmt: skip
 for _name in "getitem contains neg pos invert eq ne lt le gt ge".split():
     OPERATIONS[_name] = getattr(operator, _name)
-for _name in "add sub mul matmul truediv floordiv mod pow lshift rshift and xor or".split():
+for _name in ARITHMETIC:
     _plain = getattr(operator, _name + "_" * (_name in ("and", "or")))
     OPERATIONS |= {_name: _plain, f"r{_name}": _reflected(_plain), f"i{_name}": getattr(operator, f"i{_name}")}
 READING = {
@@ -148,7 +150,13 @@ READING = {
     "hash",
     "length_hint",
 }
-ON_OBJECTS = set(OPERATIONS) - {"member", "copy", "deepcopy", "dir", "isinstance", "issubclass"}
+ON_OBJECTS = (
+    set(
+        "getitem setitem delitem contains reversed eq ne lt le gt ge neg pos invert abs round trunc floor ceil".split()
+    )
+    | set("divmod rdivmod bytes items enter exit".split())
+    | {f"{prefix}{name}" for prefix in ("", "r", "i") for name in ARITHMETIC}
+)
 CALLABLE_MODULES = (
     "__main__",
     "collections",
@@ -166,6 +174,7 @@ def tests_allow(operation: str, target, *arguments) -> bool:
     if operation in READING:
         return True
     own = (target if isinstance(target, type) else type(target)).__module__ == "__main__"
+    own = own and not isinstance(target, unittest.TestCase)
     if operation == "call":
         return _callable_by_program(target)
     if operation in ("getattr", "setattr", "delattr"):
@@ -530,7 +539,7 @@ class Peer:
             _put_back(original, changed_named[name])
         return result
 
-    def ask(self, operation: str, *arguments, **named):
+    def ask(self, operation: str, /, *arguments, **named):
         """
         Have the other side do something; meanwhile, do what it asks for.
 
@@ -606,11 +615,12 @@ class Peer:
             if operation in self.own:
                 value = self.own[operation](*arguments, **named)
             elif not _is_reference(message["with"]["tuple"][0]) or not self.allowed(operation, *arguments):
-                if operation == "getattr" and str(arguments[1]).startswith("_"):
-                    raise AttributeError(arguments[1])
-                self.doubt(
-                    f"the program's `{operation}` of a `{type(arguments[0]).__name__}` of the tests' is refused"
-                )
+                name = arguments[1] if operation == "getattr" else ""
+                if name != "__dict__":  # which `functools.wraps` looks for
+                    what = f"`{name or operation}` of a `{type(arguments[0]).__name__}` of the tests'"
+                    self.doubt(f"the program asked for {what}, which is refused")
+                if str(name).startswith("_"):
+                    raise AttributeError(name)
                 raise PermissionError(f"{operation} is not for this")
             else:
                 value = OPERATIONS[operation](*arguments, **named)

@@ -5,6 +5,7 @@ Where the names in tests come from. Only entry points come from the program: it 
 Imports the standard library only, as the worker of the sandbox imports it too.
 """
 
+import ast
 import builtins
 import symtable
 import sys
@@ -76,7 +77,10 @@ def entry_points(tests: str, declared: list[str]) -> tuple[list[str], list[str]]
     no name that a library has (`isclose`) beside one that none has.
     """
     free = sorted(name for name in free_names(tests) - set(declared) if not hasattr(builtins, name))
-    modules = [name for name in free if name in sys.stdlib_module_names]
+    called = {
+        node.func.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Call) and hasattr(node.func, "id")
+    }
+    modules = [name for name in free if name in sys.stdlib_module_names and name not in called]
     if declared:
         return declared, modules
     candidates = [name for name in free if name not in modules]

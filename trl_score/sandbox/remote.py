@@ -47,7 +47,7 @@ class RemoteClass(type):
     def __init__(cls, name, bases, namespace, **named):
         super().__init__(name, bases, namespace)
 
-    def __call__(cls, *arguments, **named):
+    def __call__(cls, /, *arguments, **named):
         return cls._trl_peer.call(cls, arguments, named)
 
     def __getattr__(cls, name):
@@ -148,9 +148,6 @@ class Remote(metaclass=RemoteClass):
     def __repr__(self):
         return self._trl_ask("repr")
 
-    def __format__(self, form):
-        return self._trl_ask("format", form)
-
     __dict__ = property(lambda self: self._trl_ask("getattr", "__dict__"))
 
 
@@ -214,6 +211,12 @@ def _checked(self, operation, result):
     )
 
 
+def _format(self, form):
+    if form and self._trl_tainted:
+        self._trl_peer.refuse("to format what an operator made from an object of the program and a test's value")
+    return self._trl_ask("format", form)
+
+
 def _equal(operation):
     def method(self, other):
         if is_remote(other) or not self._trl_peer.guards:
@@ -260,6 +263,8 @@ def _await(self):
 
 
 def _send(self, value):
+    if value is not None:
+        self._trl_peer.refuse("to send a value into a coroutine of the program")
     raise StopIteration(self._trl_ask("await"))
 
 
@@ -283,18 +288,27 @@ async def _aexit(self, kind, error, trace):
 
 
 _ARITHMETIC = "add sub mul matmul truediv floordiv mod pow lshift rshift and xor or".split()
-SPECIAL = {f"__{name}__": _asked(name) for name in "next iter reversed hash str repr format bytes fspath getitem setitem delitem aiter enter copy deepcopy length_hint".split()}  # fmt: skip
+SPECIAL = {f"__{name}__": _asked(name) for name in "next iter reversed hash str repr bytes fspath getitem setitem delitem aiter enter copy deepcopy length_hint".split()}  # fmt: skip
 SPECIAL |= {f"__{name}__": _number(name) for name in "len bool int float complex index abs round trunc floor ceil".split()}  # fmt: skip
 SPECIAL |= {f"__{name}__": _unary(name) for name in "neg pos invert".split()}
 for _name in _ARITHMETIC:
     SPECIAL |= {f"__{prefix}{_name}__": _binary(f"{prefix}{_name}") for prefix in ("", "r", "i")}
 SPECIAL |= {"__divmod__": _binary("divmod"), "__rdivmod__": _binary("rdivmod")}
 SPECIAL |= {f"__{name}__": _ordered(name) for name in ("lt", "le", "gt", "ge")}
-SPECIAL |= {"__eq__": _equal("eq"), "__ne__": _equal("ne"), "__contains__": _contains, "__exit__": _exit}
+SPECIAL |= {
+    "__eq__": _equal("eq"),
+    "__ne__": _equal("ne"),
+    "__contains__": _contains,
+    "__exit__": _exit,
+    "__format__": _format,
+}
 SPECIAL |= {"__await__": _await, "__anext__": _anext, "__aenter__": _aenter, "__aexit__": _aexit}
-SPECIAL["__call__"] = lambda self, *arguments, **named: self._trl_peer.call(self, arguments, named)
+SPECIAL["__call__"] = lambda self, /, *arguments, **named: self._trl_peer.call(self, arguments, named)
 OF_COROUTINES = {"send": _send, "throw": _throw, "close": lambda self: None}
 OF_GENERATORS = {"send": _asked("send")}
+
+
+type.__setattr__(Remote, "__format__", _format)
 
 
 class Container(Remote):
@@ -373,7 +387,12 @@ def make_class(peer, index: int, name: str, module: str, bases: list, specials: 
     """The local class for a class of the other side's, from what came over the channel."""
     is_value = any(issubclass(base, VALUES) for base in bases)
     is_container = any(issubclass(base, Container) for base in bases)
-    namespace = {member: Attribute(member) for member in members if not member.startswith("_trl_")}
+    # No special method among them: it would be sent what it is compared with.
+    namespace = {
+        member: Attribute(member)
+        for member in members
+        if member == "__init__" or not (member.startswith("_trl_") or member.endswith("__"))
+    }
     for special in specials:
         special, taken_away = special.removeprefix("-"), special.startswith("-")
         if is_value and special not in ("__str__", "__repr__", "__format__", "__call__", "__enter__", "__exit__"):

@@ -106,25 +106,25 @@ def plain_interpreter(paths: list[str]) -> None:
 def without_paths(module: types.ModuleType, paths: list[str]) -> None:
     """Take the paths of the host out of a module: out of its text, and where it was loaded before our first line."""
 
-    def rest(value):
-        return "" if isinstance(value, str) and any(path in value for path in paths) else value
+    def tells(value) -> bool:
+        return isinstance(value, str) and any(path in value for path in paths)
 
     def code_without(code: types.CodeType) -> types.CodeType:
         constants = (code_without(each) if isinstance(each, types.CodeType) else each for each in code.co_consts)
-        return code.replace(co_filename=rest(code.co_filename), co_consts=tuple(constants))
+        return code.replace(co_filename="", co_consts=tuple(constants))
 
     spec = getattr(module, "__spec__", None)
     for holder in (module, spec, getattr(spec, "loader", None), getattr(spec, "loader_state", None)):
         for name, value in [*getattr(holder, "__dict__", {}).items()] if not isinstance(holder, type) else []:
-            if isinstance(value, str) and rest(value) != value:
+            if tells(value):
                 setattr(holder, name, "")
             elif type(value) is dict and holder is module:
-                value.update({key: "" for key, item in value.items() if rest(item) != item})
+                value.update({key: "" for key, item in value.items() if tells(item)})
             elif type(value) is list:
-                value[:] = [item for item in value if rest(item) == item]
+                value[:] = [item for item in value if not tells(item)]
     for thing in [*vars(module).values()]:
         for function in [thing, *(vars(thing).values() if isinstance(thing, type) else ())]:
-            if isinstance(function, types.FunctionType) and rest(function.__code__.co_filename) == "":
+            if isinstance(function, types.FunctionType) and tells(function.__code__.co_filename):
                 function.__code__ = code_without(function.__code__)
 
 
@@ -215,7 +215,7 @@ def check(job: dict, peer: channel.Peer) -> dict:
     dataclass_functions(peer)
     try:
         peer.ask("load", job["program"])
-        vars(tests).update({name: importlib.import_module(name) for name in imported})
+        vars(tests).update({name: sys.modules[name] for name in imported if name in sys.modules})
         vars(tests).update(peer.ask("names", wanted))
         peer.asked = 0
         try:
@@ -262,7 +262,7 @@ def fault_of_tests(error: BaseException, source: str, wanted: list[str]) -> str:
     where = step.tb_frame.f_code.co_filename
     if isinstance(error, NameError) and where == "<tests>" and error.name not in (None, *wanted):
         return f"the tests use `{error.name}`, which they do not define and which is no entry point"
-    if isinstance(error, ModuleNotFoundError) and where.startswith("<frozen importlib"):
+    if isinstance(error, ModuleNotFoundError) and where == "<tests>":
         return f"the tests import `{error.name}`, which is not there"
     return ""
 
