@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datasets import Dataset
 
 from ..sandbox import Sandbox, Submission, Verdict, undefined_names
+from ..sandbox.names import free_names
 from . import sources
 from .base import Task, text_of
 from .programs import extract_program
@@ -56,7 +57,7 @@ def with_imports(reference: str, tests: str) -> str:
     'import sys\nassert size(1) == sys.getsizeof(1)'
     ```
     """
-    missing = undefined_names(tests)
+    missing = free_names(tests)
     imports = []
     for node in ast.parse(reference).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -137,8 +138,9 @@ class CodeTask(Task):
 
     def rows(self, split: str) -> list[dict]:
         """
-        Rows with `prompt` (chat messages), `tests` (source), `names` (what the tests use of the program) and `context`
-        (the start of the program, if the prompt gives one, else "").
+        Rows with `prompt` (chat messages), `tests` (source), `names` (what the tests use of the program: nothing else comes
+        from it) and `context` (the start of the program, if the prompt gives one, else ""). With `mutable_arguments`, also
+        optional, a row says whether changes that a program makes to its arguments reach the tests.
         """
         raise NotImplementedError
 
@@ -168,13 +170,22 @@ class CodeTask(Task):
         return sources.from_hub(name) if self.data_dir is None else sources.from_folder(name, self.data_dir)
 
     def reward(
-        self, completions: list, tests: list[str], names: list[list[str]], context: list[str], **kwargs
+        self,
+        completions: list,
+        tests: list[str],
+        names: list[list[str]],
+        context: list[str],
+        mutable_arguments: list[bool] | None = None,
+        **kwargs,
     ) -> list[float]:
         """1.0 if the attempt's program passes all of the tests, else 0.0 or their share; see [`Task.reward`]."""
         parts = [one_assert_each(test) if self.fractional_reward else [test] for test in tests]
+        mutable = mutable_arguments or [False] * len(tests)
         submissions = [
-            Submission(extract_program(text_of(completion), list(used), start), test, tuple(used))
-            for completion, several, used, start in zip(completions, parts, names, context, strict=True)
+            Submission(extract_program(text_of(completion), list(used), start), test, tuple(used), bool(changes))
+            for completion, several, used, start, changes in zip(
+                completions, parts, names, context, mutable, strict=True
+            )
             for test in several
         ]
         passed = iter([verdict.passed for verdict in self.verdicts(submissions)])
