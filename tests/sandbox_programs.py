@@ -668,6 +668,75 @@ assert not Q() and q
 """,
     ),
 }
+HONEST |= {
+    "plain objects of the tests": (
+        "def f(a, b): return a.x + b.x if a != b and a == a else 0",
+        "from types import SimpleNamespace as S\nassert f(S(x=1), S(x=2)) == 3",
+    ),
+    "arguments named as the channel's own": (
+        "def f(operation, self=1, *, target=2, name=3): return operation + self + target + name",
+        "assert f(operation=1, self=2, target=3, name=4) == 10",
+    ),
+    "a class with a method that stops": (
+        "class It:\n    def __init__(self): self.n = 0\n    def __iter__(self): return self\n    def __next__(self):\n"
+        "        self.n += 1\n        if self.n > 2: raise StopIteration('end')\n        return self.n",
+        "import itertools\nassert list(itertools.chain(It(), It())) == [1, 2, 1, 2] and max(It()) == 2 and 2 in It()",
+    ),
+    "nested exceptions": (
+        "class A(Exception):\n    class B(Exception): pass\ndef f(): raise A.B('x', 3)",
+        "try: f()\nexcept A.B as error: assert error.args == ('x', 3)\nelse: assert False",
+    ),
+    "an exception with a text of its own": (
+        "class E(Exception):\n    def __init__(self, n): self.n = n\n    def __str__(self): return f'n is {self.n}'\n"
+        "def f(n): raise E(n)",
+        "try: f(3)\nexcept E as error: assert str(error) == 'n is 3' and error.n == 3 and repr(error) == 'E(3)'\nelse: assert False",
+    ),
+    "a class of the tests below a mixin": (
+        "class Named:\n    def hello(self): return 'I am ' + self.name()",
+        "class Base:\n    def name(self): return 'base'\nclass Both(Named):\n    def name(self): return 'both'\nassert Both().hello() == 'I am both'",
+    ),
+    "class attributes and class methods of a subclass": (
+        "class A:\n    size = 1\n    @classmethod\n    def make(cls): return cls()\n    def get(self): return self.size",
+        "class B(A):\n    size = 2\n    @staticmethod\n    def three(): return 3\nassert B.make().get() == 2 and A.make().get() == 1 and "
+        "isinstance(B.make(), B) and B.three() == 3 and B.make().three() == 3",
+    ),
+    "flags": (
+        "from enum import Flag, auto\nclass P(Flag):\n    R = auto()\n    W = auto()",
+        "assert P.R | P.W == P.W | P.R and P.R in (P.R | P.W) and (P.R & P.W) == P(0) and not (P.R & P.W)",
+    ),
+    "a numeric class": (
+        "from fractions import Fraction\nclass R:\n    def __init__(self, a, b): self.v = Fraction(a, b)\n"
+        "    def __add__(self, o): return R(*(self.v + o.v).as_integer_ratio())\n    def __float__(self): return float(self.v)\n"
+        "    def __eq__(self, o): return self.v == o.v\n    def __int__(self): return int(self.v)",
+        "import math\nassert R(1, 2) + R(1, 3) == R(5, 6) and math.isclose(float(R(1, 3)), 1 / 3) and int(R(7, 2)) == 3",
+    ),
+    "slots": (
+        "class A:\n    __slots__ = ('x',)\n    def __init__(self): self.x = 1",
+        "a = A()\na.x = 3\nassert a.x == 3\ntry:\n    a.y = 1\n    assert False\nexcept AttributeError: pass",
+    ),
+    "a view, a proxy and a match": (
+        "import re, types\ndef f(): return {'a': 1}.items(), types.MappingProxyType({'b': 2}), re.match('(a)(?P<n>b)', 'ab')",
+        "items, proxy, match = f()\nassert list(items) == [('a', 1)] and proxy['b'] == 2 and len(proxy) == 1 and match.group('n') == 'b' and match[1] == 'a' and match",
+    ),
+    "a cached function": (
+        "import functools\n@functools.lru_cache\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)",
+        "assert f(50) == 12586269025 and f.cache_info().hits > 0",
+    ),
+    "named tuples of the standard library": (
+        "import urllib.parse, time\ndef f(x): return urllib.parse.urlparse(x), time.gmtime(0)",
+        "url, start = f('http://a.b/c')\nassert url.netloc == 'a.b' and url[2] == '/c' and start.tm_year == 1970 and start[0] == 1970",
+    ),
+    "asyncio locks and queues of the program": (
+        "import asyncio\nclass B:\n    def __init__(self): self.lock, self.n = asyncio.Lock(), 0\n    async def add(self, k):\n"
+        "        async with self.lock:\n            await asyncio.sleep(0)\n            self.n += k\n        return self.n",
+        "import asyncio\nasync def main():\n    b = B()\n    await asyncio.gather(*(b.add(i) for i in range(4)))\n    assert b.n == 6\nasyncio.run(main())",
+    ),
+    "tests as another script would run them": (
+        "def f(x): return x",
+        "import sys, unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 1)\n"
+        "suite = unittest.defaultTestLoader.loadTestsFromTestCase(T)\nresult = unittest.TextTestRunner().run(suite)\nsys.exit(not result.wasSuccessful())",
+    ),
+}
 
 # Speaks the protocol of the channel itself.
 RAW = """\

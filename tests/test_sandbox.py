@@ -430,6 +430,16 @@ UNSUPPORTED = {
         "try:\n    f(1)\n    assert False\nexcept StopIteration: pass",
         "StopIteration",
     ),
+    "a patch of the tests' own process": (
+        "def f(): return input()",
+        "from unittest.mock import patch\nwith patch('builtins.input', return_value='a'):\n    assert f() == 'a'",
+        "`patch`",
+    ),
+    "a file": (
+        "def f(path): return open(path).read()",
+        "import tempfile\nwith tempfile.NamedTemporaryFile() as file:\n    assert f(file.name) == ''",
+        "use files",
+    ),
     "the code of a function of the tests": (
         "import inspect\ndef f(g): return len(inspect.signature(g).parameters)",
         "assert f(lambda a: a) == 1",

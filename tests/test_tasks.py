@@ -258,9 +258,7 @@ def test_what_the_sandbox_does_not_do_is_logged_once(sandbox, caplog):
     task = Own("assert C() > 3", ("C",), sandbox=sandbox)
     right = "class C:\n    def __gt__(self, other): return True"
     assert task.grade(right, right, "class C: pass") == [0.0, 0.0, 0.0]
-    assert (
-        caplog.text.count("an ordering (`gt`) between an object of the program and a test's value") == 2
-    )  # with its reason
+    assert "an ordering (`gt`) between an object of the program and a test's value" in caplog.text
     assert len(caplog.records) == 1
 
 

@@ -171,10 +171,10 @@ def tests_allow(operation: str, target, *arguments) -> bool:
     What the program may do with a thing of the tests' that was passed to it. It can call a function and use a class of the
     tests and its instances by their public names; it cannot reach code, frames or globals, where the expected values are.
     """
-    if operation in READING:
+    if operation in READING or operation in ("eq", "ne"):
         return True
     own = (target if isinstance(target, type) else type(target)).__module__ == "__main__"
-    own = own and not isinstance(target, unittest.TestCase)
+    own = (own or type(target) is types.SimpleNamespace) and not isinstance(target, unittest.TestCase)
     if operation == "call":
         return _callable_by_program(target)
     if operation in ("getattr", "setattr", "delattr"):
@@ -280,7 +280,7 @@ class Peer:
                 return {"module": value.__name__}
         elif issubclass(kind, type):
             return self.pack_class(value)
-        elif kind.__module__ == self.own_module and self._has_members(kind):
+        elif self._has_members(kind):
             for base in remote.VALUES:
                 if issubclass(kind, base):
                     return {"own": [self.pack_base(value, base, depth), self.pack_reference(value)]}
@@ -341,7 +341,9 @@ class Peer:
 
     def _has_members(self, kind: type) -> bool:
         """Whether a class has methods or fields of its own, so that more of it matters than the items of its base."""
-        return any(
+        if issubclass(kind, tuple) and (hasattr(kind, "_fields") or hasattr(kind, "n_fields")):
+            return True
+        return kind.__module__ == self.own_module and any(
             not name.startswith("_")
             for base in kind.__mro__
             if base.__module__ == self.own_module

@@ -21,6 +21,7 @@ import os
 import pkgutil
 import platform
 import random
+import re
 import select
 import signal
 import socket
@@ -41,6 +42,9 @@ import worker_pool
 LIMITS = struct.Struct("<ddQ")  # before the job's text: CPU seconds, wall-clock seconds, bytes
 MAX_STRETCH = 10  # times the wall-clock limit, on a machine so busy that a program has to wait for a core
 MAX_REASON = 2000  # characters
+OWN_PROCESS = re.compile(
+    r"\b(patch|monkeypatch|seed|stdin|environ|catch_warnings|assertWarns|assertLogs|freeze_time)\b"
+)
 OUR_FRAMES = 12  # of the stack, below a function of the program's that is called
 NOT_LOADED = {  # of the standard library: they act when imported, or are large and of no use here
     "antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "ensurepip", "venv", "nt",
@@ -264,6 +268,10 @@ def fault_of_tests(error: BaseException, source: str, wanted: list[str]) -> str:
         return f"the tests use `{error.name}`, which they do not define and which is no entry point"
     if isinstance(error, ModuleNotFoundError) and where == "<tests>":
         return f"the tests import `{error.name}`, which is not there"
+    if isinstance(error, OSError) and where != channel.__file__:
+        return "the tests use files, sockets or processes, which they cannot reach either"
+    if own := OWN_PROCESS.search(source):
+        return f"the tests change their own process (`{own.group(1)}`), and the program runs in another one"
     return ""
 
 
