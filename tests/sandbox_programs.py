@@ -726,6 +726,11 @@ HONEST |= {
         "import urllib.parse, time\ndef f(x): return urllib.parse.urlparse(x), time.gmtime(0)",
         "url, start = f('http://a.b/c')\nassert url.netloc == 'a.b' and url[2] == '/c' and start.tm_year == 1970 and start[0] == 1970",
     ),
+    "a class of test functions": (
+        "def f(x): return x",
+        "class TestF:\n    def setup_method(self): self.x = 1\n    def test_one(self): assert f(self.x) == 1",
+    ),
+    "an asynchronous test function": ("async def f(x): return x", "async def test_f():\n    assert await f(1) == 1"),
     "asyncio locks and queues of the program": (
         "import asyncio\nclass B:\n    def __init__(self): self.lock, self.n = asyncio.Lock(), 0\n    async def add(self, k):\n"
         "        async with self.lock:\n            await asyncio.sleep(0)\n            self.n += k\n        return self.n",
@@ -1415,5 +1420,34 @@ import functools
 S=918273645
 assert f(functools.partial(getattr,lambda:0))==S
 """,
+    ),
+}
+
+NEVER_RUN = "def f(x):\n    raise ValueError"
+FORGERIES |= {
+    "an error in setUpClass": (
+        NEVER_RUN,
+        "import unittest\nclass T(unittest.TestCase):\n    @classmethod\n    def setUpClass(cls): cls.x = f(1)\n"
+        "    def test(self): self.assertEqual(self.x, 1)",
+    ),
+    "an error in tearDownClass": (
+        NEVER_RUN,
+        "import unittest\nclass T(unittest.TestCase):\n    @classmethod\n    def tearDownClass(cls): assert f(1) == 1\n"
+        "    def test(self): pass\nunittest.main(exit=False)",
+    ),
+    "an error in a part of a test": (
+        NEVER_RUN,
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        with self.subTest('a'): self.assertEqual(f(1), 1)\n"
+        "unittest.main(exit=False)",
+    ),
+    "a class of test functions that nothing starts": (
+        NEVER_RUN,
+        "class TestF:\n    def test_one(self): assert f(1) == 1",
+    ),
+    "an asynchronous test that nothing awaits": (NEVER_RUN, "async def test_f(): assert f(1) == 1"),
+    "an expected failure that succeeds": (
+        "def f(x): return 3",
+        "import unittest\nclass T(unittest.TestCase):\n    @unittest.expectedFailure\n    def test(self): self.assertEqual(f(1), 3)\n"
+        "unittest.main(exit=False)",
     ),
 }

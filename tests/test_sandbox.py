@@ -435,6 +435,12 @@ UNSUPPORTED = {
         "from unittest.mock import patch\nwith patch('builtins.input', return_value='a'):\n    assert f() == 'a'",
         "`patch`",
     ),
+    "a file in a test case": (
+        "def f(path): return open(path).read()",
+        "import tempfile, unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
+        "        with tempfile.NamedTemporaryFile() as file: self.assertEqual(f(file.name), '')\nunittest.main()",
+        "use files",
+    ),
     "a file": (
         "def f(path): return open(path).read()",
         "import tempfile\nwith tempfile.NamedTemporaryFile() as file:\n    assert f(file.name) == ''",

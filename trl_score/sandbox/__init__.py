@@ -46,10 +46,11 @@ class Submission:
         program (`str`):
             Python source. It is not run as `__main__`.
         tests (`str`):
-            Python source that raises if the program is wrong. It sees the functions and classes of the program under
-            their names, and passes if it runs to its end.
+            Python source that raises if the program is wrong, and passes if it runs to its end. Test cases of `unittest`
+            and functions `test_..` that it defines and does not run are run after it.
         entry_points (`tuple[str, ...]`, *optional*):
-            Names of the program's that the tests use even where they are also the names of builtins, such as `sum`.
+            The names that the tests get from the program, and no others. By default, the names that the tests use and do
+            not define, without those of builtins, modules and libraries: name them where a program may try to cheat.
         mutable_arguments (`bool`, *optional*, defaults to `False`):
             Whether changes that the program makes to a list, dict, set or bytearray passed to it reach the tests.
     """
@@ -85,15 +86,16 @@ class Sandbox:
     Runs programs against their tests, each in processes of its own.
 
     The program runs in one process and the tests in another, so that the program can neither see the expected values nor
-    decide what equality means: only plain data crosses, rebuilt as builtin types. What passes is what the process with
-    the tests says, in a file that the program's process never had.
+    decide what equality means: plain data is rebuilt as builtin types, and objects of the program are asked over a channel
+    that no expected value crosses. Only the process with the tests can report a pass: it writes the verdict to a file that
+    the program's process cannot access. docs/sandbox.md has a table of what tests may do with a program's objects.
 
     What a program is kept from, on Linux (x86_64; aarch64 by the same tables, not tried):
 
     | | `"namespaces"` | `"landlock"` | `"seccomp"` | `"none"` |
     |---|---|---|---|---|
     | forging a pass; reading the tests | yes | yes | yes | yes |
-    | outliving its limits of CPU time, wall-clock time and memory | yes | yes | yes | mostly (1) |
+    | outliving its limits of CPU time, wall-clock time and memory; more than 64 threads | yes | yes | yes | mostly (1) |
     | files, network, other programs and processes, the environment | yes, three layers | yes, two | yes, one | **no** |
     | the kernel's own faults (a local privilege escalation) | fewer system calls | fewer | fewer | **no** |
 
@@ -112,7 +114,8 @@ class Sandbox:
         cpu_seconds (`float`, *optional*, defaults to `5.0`):
             CPU time of a program.
         wall_seconds (`float`, *optional*, defaults to `15.0`):
-            Wall-clock time of a program, on a machine that may be busy with other things.
+            Wall-clock time of a program. Time that it spends waiting for a core of a busy machine does not count, up to ten
+            times this limit.
         memory (`int`, *optional*, defaults to `512 * 2**20`):
             Bytes that a program may map.
         packages (`Sequence[str]`, *optional*):
@@ -124,13 +127,13 @@ class Sandbox:
 
     Raises:
         `PermissionError`: Without consent.
-        `RuntimeError`: If the backend cannot be had on this machine.
+        `RuntimeError`: If this machine or system does not allow the backend.
 
     Example:
     ```python
     >>> sandbox = Sandbox(allow_code_execution=True)
-    >>> sandbox.run([Submission("def inc(x): return x + 2", "assert inc(1) == 2")])
-    [Verdict(passed=False, reason='AssertionError [assert inc(1) == 2]')]
+    >>> sandbox.run([Submission("def inc(x): return x + 2", "assert inc(1) == 2", entry_points=("inc",))])
+    [Verdict(passed=False, reason='AssertionError [assert inc(1) == 2]', unsupported='')]
     ```
     """
 
@@ -180,7 +183,7 @@ class Sandbox:
             self.close()
         else:
             raise RuntimeError(
-                f"No sandbox can be had on this machine: {refusals}. `backend='none'` runs programs with no isolation "
+                f"This machine allows no sandbox: {refusals}. `backend='none'` runs programs with no isolation "
                 "but that of processes and their limits; do that only where nothing can be lost."
             )
         logger.log(

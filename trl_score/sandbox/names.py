@@ -89,9 +89,11 @@ def entry_points(tests: str, declared: list[str]) -> tuple[list[str], list[str]]
 
 
 def uncalled_tests(source: str) -> list[str]:
-    """Functions `test..` that the tests define and do not use: those that pytest would call."""
+    """Functions `test..` and classes `Test..` that the tests define and do not use: those that pytest would run."""
     top = symtable.symtable(source, "<tests>", "exec")
-    functions = [table.get_name() for table in top.get_children() if table.get_type() == "function"]
+    defined = [table.get_name() for table in top.get_children() if table.get_type() in ("function", "class")]
     return [
-        name for name in dict.fromkeys(functions) if name.startswith("test") and not top.lookup(name).is_referenced()
+        name
+        for name in dict.fromkeys(defined)
+        if name.startswith(("test", "Test")) and not top.lookup(name).is_referenced()
     ]

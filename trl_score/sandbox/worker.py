@@ -10,6 +10,7 @@ The worker itself never reads a job: what it does not know, the next program can
 clock and ends both processes.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -176,28 +177,51 @@ class UnitTests:
     """The test cases in tests, which count also where the tests do not look at their result, or start none."""
 
     def __init__(self):
-        self.started, self.failed = set(), ""
-        run = unittest.TestCase.run
+        self.started: set[type] = set()
+        self.failures: list[BaseException] = []
+        for name in ("startTest", "addError", "addFailure", "addSubTest", "addUnexpectedSuccess"):
+            setattr(unittest.TestResult, name, self.watched(getattr(unittest.TestResult, name)))
 
-        def watched(case, result=None):
-            self.started.add(type(case))
-            result = case.defaultTestResult() if result is None else result
-            before = [len(result.failures), len(result.errors), len(result.unexpectedSuccesses)]
-            try:
-                return run(case, result)
-            finally:
-                if before != [len(result.failures), len(result.errors), len(result.unexpectedSuccesses)]:
-                    found = [*result.failures, *result.errors]
-                    last = found[-1][1].strip().splitlines()[-1] if found else "an unexpected success"
-                    self.failed = self.failed or f"{case.id().removeprefix('__main__.')}: {last}"
+    def watched(self, method):
+        def watched(result, case, *arguments):
+            if method.__name__ == "startTest":
+                self.started.add(type(case))
+            elif method.__name__ == "addUnexpectedSuccess":
+                self.failures.append(AssertionError(f"an unexpected success: {case}"))
+            elif arguments[-1] is not None:
+                self.failures.append(arguments[-1][1])
+            return method(result, case, *arguments)
 
-        unittest.TestCase.run = watched
+        return watched
 
     def run_the_rest(self, tests: types.ModuleType) -> None:
         for case in [*vars(tests).values()]:
             if isinstance(case, type) and issubclass(case, unittest.TestCase) and case.__module__ == "__main__":
                 if case not in self.started:
                     unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
+
+
+def call_tests(tests: types.ModuleType, uncalled: list[str], peer: channel.Peer) -> None:
+    """As pytest does: functions `test..`, and those of classes `Test..`, each on an instance of its own."""
+    for name in uncalled:
+        test = vars(tests).get(name)
+        for member in (
+            [name] if not isinstance(test, type) else [each for each in dir(test) if each.startswith("test")]
+        ):
+            if not isinstance(test, type):
+                function = test
+            elif issubclass(test, unittest.TestCase):
+                continue
+            else:
+                instance = test()
+                getattr(instance, "setup_method", lambda: None)()
+                function = getattr(instance, member)
+            if function is None or not callable(function):
+                continue
+            if inspect.signature(function).parameters:
+                peer.refuse(f"a test with arguments that nothing calls (`{member}`)")
+            if inspect.iscoroutine(result := function()):
+                asyncio.run(result)
 
 
 def check(job: dict, peer: channel.Peer) -> dict:
@@ -212,37 +236,37 @@ def check(job: dict, peer: channel.Peer) -> dict:
         uncalled = names.uncalled_tests(source)
     except (SyntaxError, ValueError) as error:
         return {"broken": f"{type(error).__name__}: {error}"}
+    try:
+        peer.ask("load", job["program"])
+    except BaseException as error:
+        return verdict(peer, describe(error, source), "")
     tests = types.ModuleType("__main__")
     sys.modules["__main__"] = tests
     peer.shows_arguments = job["mutable_arguments"]
     cases = UnitTests()
     dataclass_functions(peer)
     try:
-        peer.ask("load", job["program"])
         vars(tests).update({name: sys.modules[name] for name in imported if name in sys.modules})
         vars(tests).update(peer.ask("names", wanted))
         peer.asked = 0
         try:
             exec(code, vars(tests))
         except SystemExit as error:  # of `unittest.main()`; one of the program's is a failure
-            if error.code not in (None, 0, False) or any(error is other for other in peer.exits):
+            if not cases.failures and (
+                error.code not in (None, 0, False) or any(error is each for each in peer.exits)
+            ):
                 raise
         cases.run_the_rest(tests)
-        for name in uncalled:
-            if name in vars(tests) and not inspect.signature(vars(tests)[name]).parameters:
-                vars(tests)[name]()
-            elif name in vars(tests):
-                peer.refuse(f"a test with arguments that nothing calls (`{name}`)")
-        if cases.failed:
-            raise AssertionError(cases.failed)
+        call_tests(tests, uncalled, peer)
+        if cases.failures:
+            raise cases.failures[0]
     except (channel.Lost, channel.Unsupported):
         pass
     except BaseException as error:
         return verdict(peer, describe(error, source), fault_of_tests(error, source, wanted) or peer.doubts)
     if not peer.lost and not peer.asked and ("def " in source or "class " in source):
-        return verdict(
-            peer, "the tests ended without using the program", "nothing calls the functions that they define"
-        )
+        unused = "the tests ended without using the program"
+        return verdict(peer, unused, "nothing calls the functions that the tests define")
     return verdict(peer, "", "")
 
 
