@@ -731,6 +731,11 @@ HONEST |= {
         "class TestF:\n    def setup_method(self): self.x = 1\n    def test_one(self): assert f(self.x) == 1",
     ),
     "an asynchronous test function": ("async def f(x): return x", "async def test_f():\n    assert await f(1) == 1"),
+    "a method of a mock": (
+        "def f(service, x): return service.send(x + 1)",
+        "from unittest.mock import Mock\nservice = Mock()\nservice.send.return_value = 7\nassert f(service, 1) == 7\n"
+        "service.send.assert_called_once_with(2)",
+    ),
     "asyncio locks and queues of the program": (
         "import asyncio\nclass B:\n    def __init__(self): self.lock, self.n = asyncio.Lock(), 0\n    async def add(self, k):\n"
         "        async with self.lock:\n            await asyncio.sleep(0)\n            self.n += k\n        return self.n",
@@ -1423,6 +1428,11 @@ assert f(functools.partial(getattr,lambda:0))==S
     ),
 }
 
+FORGERIES["the class of a test case"] = (
+    RAW
+    + "def f(case):\n    for i in range(8):\n        send({'do': 'setattr', 'with': {'tuple': [{'yours': i}, 'assertEqual', {'builtin': 'print'}]}, 'named': {'dict': []}})\n        recv()\n    return 0",
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(self), 5)\nunittest.main()",
+)
 NEVER_RUN = "def f(x):\n    raise ValueError"
 FORGERIES |= {
     "an error in setUpClass": (

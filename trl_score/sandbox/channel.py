@@ -135,35 +135,12 @@ for _name in "getitem contains neg pos invert eq ne lt le gt ge".split():
 for _name in ARITHMETIC:
     _plain = getattr(operator, _name + "_" * (_name in ("and", "or")))
     OPERATIONS |= {_name: _plain, f"r{_name}": _reflected(_plain), f"i{_name}": getattr(operator, f"i{_name}")}
-READING = {
-    "iter",
-    "next",
-    "len",
-    "bool",
-    "int",
-    "float",
-    "complex",
-    "index",
-    "str",
-    "repr",
-    "format",
-    "hash",
-    "length_hint",
-}
-ON_OBJECTS = (
-    set(
-        "getitem setitem delitem contains reversed eq ne lt le gt ge neg pos invert abs round trunc floor ceil".split()
-    )
-    | set("divmod rdivmod bytes items enter exit".split())
-    | {f"{prefix}{name}" for prefix in ("", "r", "i") for name in ARITHMETIC}
+READING = frozenset("iter next len bool int float complex index str repr format hash length_hint eq ne".split())
+ON_OBJECTS = {f"{prefix}{name}" for prefix in ("", "r", "i") for name in ARITHMETIC} | set(
+    "setitem delitem contains reversed lt le gt ge neg pos invert abs round trunc floor ceil divmod rdivmod bytes items "
+    "enter exit".split()
 )
-CALLABLE_MODULES = (
-    "__main__",
-    "collections",
-    "datetime",
-    "decimal",
-    "fractions",
-)  # of classes that a program may call
+CALLABLE_MODULES = ("__main__", "collections", "datetime", "decimal", "fractions")  # of classes
 
 
 def tests_allow(operation: str, target, *arguments) -> bool:
@@ -171,17 +148,23 @@ def tests_allow(operation: str, target, *arguments) -> bool:
     What the program may do with a thing of the tests' that was passed to it. It can call a function and use a class of the
     tests and its instances by their public names; it cannot reach code, frames or globals, where the expected values are.
     """
-    if operation in READING or operation in ("eq", "ne"):
+    if operation in READING or operation == "getitem":
         return True
-    own = (target if isinstance(target, type) else type(target)).__module__ == "__main__"
-    own = (own or type(target) is types.SimpleNamespace) and not isinstance(target, unittest.TestCase)
     if operation == "call":
         return _callable_by_program(target)
-    if operation in ("getattr", "setattr", "delattr"):
-        if operation == "getattr" and arguments[0] in ("__name__", "__qualname__", "__module__"):
+    kind = target if isinstance(target, type) else type(target)
+    own = (kind.__module__ == "__main__" or kind is types.SimpleNamespace) and not issubclass(kind, unittest.TestCase)
+    if operation == "getattr":
+        if arguments[0] in ("__name__", "__qualname__", "__module__"):
             return isinstance(target, type | types.FunctionType)
-        return own and isinstance(arguments[0], str) and not arguments[0].startswith("_")
-    return operation == "getitem" or (own and operation in ON_OBJECTS)
+        return (own or kind.__module__ == "unittest.mock") and _is_public(arguments[0])
+    if operation in ("setattr", "delattr"):
+        return own and kind is not target and _is_public(arguments[0])
+    return own and operation in ON_OBJECTS
+
+
+def _is_public(name) -> bool:
+    return isinstance(name, str) and not name.startswith("_")
 
 
 def _callable_by_program(target) -> bool:
