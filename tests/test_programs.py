@@ -321,6 +321,11 @@ def test_a_wrong_program_is_not_mended(text, context):
     assert not passes(text, context)
 
 
+def test_a_name_may_also_be_a_variable():
+    text = blocks("LIMIT = 5\n\n" + F, "print(f(LIMIT))")
+    assert extract_program(text, ["f", "LIMIT"]) == f"LIMIT = 5\n\n{F}\n"
+
+
 def test_without_names_the_last_function_counts():
     assert extract_program(blocks(F, "print(f(1))"), []) == F + "\n"
 

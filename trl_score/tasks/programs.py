@@ -28,15 +28,17 @@ KEYWORDS = r"(?:and|or|not|in|is|if|else|for|lambda|await|as)\b"
 NO_PROSE = rf"(?!.*\b(?!{KEYWORDS})[A-Za-z_]\w*[ ]+(?!{KEYWORDS})[A-Za-z])"  # no two words side by side
 MODULES = r"[\w.]+(?:\s+as\s+\w+)?"
 TARGET = r"[A-Za-z_][\w.]*(?:\[[^\]=\n]*\])*"
-# A line that can start a statement at the top level, and one that can go on with what stands before it.
+# A line that can start a statement at the top level.
 STARTS = re.compile(
     rf"""from\s+[\w.]+\s+import\b|import\s+{MODULES}(?:\s*,\s*{MODULES})*\s*(?:;|$)|@\w|(?:async\s+)?def\s+\w+\s*[\[(]"""
     rf"""|class\s+\w+\s*[:(\[]|(?:async\s+)?for\s.*\sin\s.*:|(?:async\s+with|if|while|with|match)\b{NO_PROSE}.*:|try\s*:"""
     rf"""|assert\s|print\(|{TARGET}(?:\s*,\s*\*?{TARGET})*\s*(?::[\w\[\], .|"']*+)?(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)"""
     r"""|[A-Za-z_][\w.]*\(.*\)\s*$|["']\s*$"""
 )
-LEAVES = re.compile(r"(?:return|yield|raise)\b")  # starts a statement too, in the body of a function
-CLAUSE = re.compile(r"[)\]}]|(?:else|finally)\s*:|(?:elif|except)\b.*:|case\s.*:")
+LEAVES = re.compile(r"(?:return|yield|raise)\b")  # also starts a statement, in the body of a function
+CLAUSE = re.compile(  # continues a statement
+    r"[)\]}]|(?:else|finally)\s*:|(?:elif|except)\b.*:|case\s.*:"
+)
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\s+(\w+)")
 IMPORT = re.compile(r"(from\s+[\w.]+\s+)?import\b(.*)")
 FUTURE = re.compile(r"\s*from\s+__future__\s+import\b")
@@ -267,17 +269,19 @@ def _pieces(segments: list[tuple[bool, str]]) -> list[Piece]:
 
 
 def _holders(pieces: list[Piece], names: list[str]) -> list[Piece]:
-    """For each name, the last piece that binds it: in a fence before one outside, to a function before an import."""
+    """The pieces that together bind all of the names: for each the last that binds it, to a function and in a fence if any."""
     bound = [_bound(piece.code) for piece in pieces]
-    for kind in (CALLABLE, IMPORTED):
-        for fenced in (True, False):
-            group = [i for i, piece in enumerate(pieces) if piece.fenced >= fenced]
-            holders = [[i for i in group if bound[i].get(name, 0) >= kind] for name in names]
-            if not names:
-                holders = [[i for i in group if kind in bound[i].values()]]
-            if all(holders):
-                return [pieces[i] for i in sorted({each[-1] for each in holders})]
-    return []
+    holders = set()
+    for name in names or [None]:  # without names, any function will do
+        fits = [
+            (kind, piece.fenced, i)
+            for i, piece in enumerate(pieces)
+            if (kind := bound[i].get(name, 0) if name else CALLABLE * (CALLABLE in bound[i].values()))
+        ]
+        if not fits:
+            return []
+        holders.add(max(fits)[2])
+    return [pieces[i] for i in sorted(holders)]
 
 
 def _lent(program: str, pieces: list[Piece], names: list[str]) -> list[str]:
@@ -385,9 +389,9 @@ def extract_program(text: str, names: list[str], context: str = "") -> str:
     The program that an attempt gives: the last code that binds the names, with the imports and helpers that stand in a
     block of their own. docs/tasks.md says which code is taken from which form of a text.
 
-    If no code binds the names but one is the rest of `context` (the start of a program, as HumanEval gives it), it goes on
-    from there; if it repeats the signature, what stands before the last definition in the context (imports and helpers) is
-    put before it.
+    `context` is the start of a program, as HumanEval gives it. If the attempt repeats its last signature, the code above that
+    signature (imports and helpers) is put before the attempt's program. If no code binds the names, the attempt is read as
+    the body of the last function in `context`.
 
     Args:
         text (`str`):
