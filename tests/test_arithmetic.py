@@ -91,7 +91,7 @@ def test_base_has_learnt_to_repair_when_it_is_told_that_the_attempt_is_wrong():
 @pytest.mark.parametrize("seed", range(5))
 def test_score_learns_to_correct_and_without_stage_one_or_bonus_it_collapses(tmp_path, seed):
     """The whole main job and three ablations, about five minutes each seed: part of what docs/results.md reports."""
-    script = Path(__file__).parents[1] / "examples" / "ablations.py"
+    script = Path(__file__).parents[1] / "examples" / "experiments" / "ablations.py"
     methods = ["base", "no Stage I, no bonus", "no Stage I", "no bonus", "SCoRe"]
     command = [sys.executable, str(script), "--seeds", str(seed), "--output_dir", str(tmp_path), "--methods", *methods]
     subprocess.run(command, check=True)

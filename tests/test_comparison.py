@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from trl_score.comparison import (
+from comparison import (
     comparison_table,
     curves,
     curves_figure,

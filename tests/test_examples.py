@@ -219,22 +219,22 @@ def test_baseline_on_the_embedded_task(tmp_path):
 def test_ablations_write_their_table_and_figures(tmp_path):
     methods = ["base", "Self-Refine", "Pair-SFT D+", "single-attempt RL", "no online first attempts", "SCoRe"]
     arguments = ["--quick", *TINY_STUDY, "--output_dir", tmp_path, "--methods"]
-    done = run(*arguments, *methods, script="ablations.py")
+    done = run(*arguments, *methods, script="experiments/ablations.py")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "results.md").read_text()
-    assert text in done.stdout and "`python examples/ablations.py --quick" in text
+    assert text in done.stdout and "`python examples/experiments/ablations.py --quick" in text
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
     assert rows == ["method", *methods]
     for image in re.findall(r"\]\((.*?\.png)\)", text):
         assert (tmp_path / image).stat().st_size > 5000
-    again = run(*arguments, *methods, script="ablations.py")
+    again = run(*arguments, *methods, script="experiments/ablations.py")
     assert again.returncode == 0 and again.stdout.count("|") == done.stdout.count("|")
     assert not re.search(r"^arithmetic_base.*\d s$", again.stderr, re.M)  # nothing is run again
 
 
 def test_options_have_their_tokens_in_the_table(tmp_path):
     arguments = ["--quick", *TINY_STUDY, "--study", "options", "--output_dir", tmp_path, "--methods"]
-    done = run(*arguments, "offline half, two updates", "SCoRe", script="ablations.py")
+    done = run(*arguments, "offline half, two updates", "SCoRe", script="experiments/ablations.py")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "results.md").read_text()
     head, _, offline, score = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
@@ -249,6 +249,6 @@ def test_options_have_their_tokens_in_the_table(tmp_path):
 def test_all_ablations_at_a_small_size(tmp_path, study, methods):
     sizes = ["--max_steps", "6", "--stage1_steps", "2", "--rollouts_per_step", "128", "--num_train_problems", "64"]
     sizes += ["--num_eval_problems", "100", "--study", study]
-    done = run("--quick", *sizes, "--output_dir", tmp_path, script="ablations.py")
+    done = run("--quick", *sizes, "--output_dir", tmp_path, script="experiments/ablations.py")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "results.md").read_text().count("\n| ") == methods + 1

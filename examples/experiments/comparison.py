@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from .evaluation import Evaluation
-from .metrics import label, metric, self_correction_values
-from .report import COLORS, STATE
+from trl_score.evaluation import Evaluation
+from trl_score.metrics import label, metric, self_correction_values
+from trl_score.report import COLORS, STATE
 
 
 def values(runs: list[Evaluation]) -> dict[str, np.ndarray]:

@@ -5,31 +5,27 @@
 The paper's comparison on the embedded task: base model, Self-Refine, Pair-SFT, STaR, the ablations of SCoRe, and SCoRe, at equal
 numbers of sampled attempts and optimizer steps, over several seeds.
 
-    python examples/ablations.py                  # five seeds: about an hour on 2 CPU cores
-    python examples/ablations.py --quick          # one seed: about ten minutes
-    python examples/ablations.py --study options  # what SCoReConfig offers beside the paper's recipe, and what it costs in tokens
-    python examples/ablations.py --study three    # three attempts
+    python examples/experiments/ablations.py                  # five seeds: about an hour on 2 CPU cores
+    python examples/experiments/ablations.py --quick          # one seed: about ten minutes
+    python examples/experiments/ablations.py --study options  # what SCoReConfig offers beside the paper's recipe, and what it costs in tokens
+    python examples/experiments/ablations.py --study three    # three attempts
 
 writes tables with intervals and figures to `results.md` in the output folder. Runs that are done are kept, so it can be
 interrupted. `--methods` runs some of them, `--stage1_steps 20 40 60` with several lengths of Stage I, `--model_name_or_path`
 on other base models, made by `python -m trl_score.tasks.arithmetic_base.make --seed 2 --output_dir DIR`.
 """
 
-import sys
-
-
-sys.path.pop(0)  # this folder: to Python its math.py would be the standard library's
-
 import argparse
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from trl_score.comparison import (
+from comparison import (
     comparison_table,
     curves,
     curves_figure,
@@ -42,7 +38,7 @@ from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 
-HERE = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[1]
 BASELINES = {
     "Pair-SFT D": ["--method", "pair_sft"],
     "Pair-SFT D+": ["--method", "pair_sft", "--plus", "true"],
@@ -116,7 +112,11 @@ def main():
     with ThreadPoolExecutor(args.num_parallel) as pool:
         evaluations = list(pool.map(lambda job: run(*job), jobs))
     by_folder = {job[-1]: evaluation for job, evaluation in zip(jobs, evaluations, strict=True)}
-    text = [f"`{' '.join(['python', 'examples/ablations.py', *sys.argv[1:]])}`", "", machine(time.time() - start)]
+    text = [
+        f"`{' '.join(['python', 'examples/experiments/ablations.py', *sys.argv[1:]])}`",
+        "",
+        machine(time.time() - start),
+    ]
     for model in args.model_name_or_path:
         named = {
             f"{method}, {steps} steps of Stage I" if steps and len(args.stage1_steps) > 1 else method: folders
@@ -177,10 +177,17 @@ def commands(args, model: str, method: str, steps: int | None, seed: int, folder
         shared += ["--num_eval_problems", args.num_eval_problems, "--eval_strategy", "steps", "--eval_steps", 5]
     else:
         shared += ["--num_eval_problems", 0]
-    rl = [HERE / "math.py", "--config", HERE / "configs" / "arithmetic.yaml", *shared, "--max_steps", args.max_steps]
+    rl = [
+        EXAMPLES / "math.py",
+        "--config",
+        EXAMPLES / "configs" / "arithmetic.yaml",
+        *shared,
+        "--max_steps",
+        args.max_steps,
+    ]
     rl += ["--model_name_or_path", model, "--output_dir", folder, "--stage1_steps", steps or 0]
     rl += ["--per_device_train_batch_size", args.rollouts_per_step * (2 if method == "single-attempt RL" else 1)]
-    sft = [HERE / "baselines.py", "--config", HERE / "configs" / "arithmetic_baselines.yaml", *shared]
+    sft = [EXAMPLES / "baselines.py", "--config", EXAMPLES / "configs" / "arithmetic_baselines.yaml", *shared]
     sft += ["--output_dir", folder]
     rl += CHANGES.get(method, [])
     if method in NOT_TRAINED:
