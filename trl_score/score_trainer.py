@@ -1,4 +1,4 @@
-"""`SCoReTrainer`: rollout, reward and objective in TRL's `GRPOTrainer`. The only file that knows TRL's internals."""
+"""`SCoReTrainer`: rollout, reward and objective in TRL's `GRPOTrainer`. With `resuming.py`, the only file that knows TRL's internals."""
 
 import math
 import textwrap
