@@ -1,9 +1,11 @@
 """What is there is documented, and what is documented is there."""
 
+import ast
 import doctest
 import importlib
 import inspect
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -134,3 +136,21 @@ def test_version_is_public():
         "evaluate_self_correction",
         "inference_scaling",
     }
+
+
+def test_public_names_are_one_list_for_python_and_for_type_checkers():
+    assert dir(trl_score) == sorted(trl_score.__all__)
+    tree = ast.parse(Path(trl_score.__file__).read_text())
+    (checked,) = [each for each in tree.body if isinstance(each, ast.If)]
+    shown = {name.name: each.module for each in checked.body for name in each.names}
+    assert shown == trl_score._MODULES and {*shown, "__version__"} == set(trl_score.__all__)
+    for name, module in shown.items():
+        assert getattr(trl_score, name).__module__ == f"trl_score.{module}"
+    with pytest.raises(AttributeError, match="has no attribute 'SCoRe'"):
+        trl_score.SCoRe  # noqa: B018
+
+
+def test_an_editable_install_shows_the_package_to_type_checkers():
+    """Only if the folder itself is put on the path, which setuptools does where it maps packages to folders this way."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-dir"] == {"": "."} and settings["packages"]["find"] == {"include": ["trl_score*"]}
