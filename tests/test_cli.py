@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_help_is_instant_and_complete():
 def test_evaluate_scale_and_report(tmp_path):
     done = run("evaluate", *SMALL, "--output_dir", tmp_path / "eval")
     assert done.returncode == 0, done.stderr
+    assert "kernels" not in done.stderr and "Warning" not in done.stderr, done.stderr
     assert "| Accuracy@t1 |" in done.stdout and "20 x 1" in done.stdout and "greedy, 8 tokens" in done.stdout
     config = tmp_path / "scale.yaml"
     config.write_text(
@@ -93,6 +95,24 @@ def test_train_is_launched_by_accelerate(tmp_path):
 def test_environment_is_told():
     done = run("env")
     assert done.returncode == 0 and re.search(r"^trl \d", done.stdout, re.M) and "CPU cores" in done.stdout
+    assert [line for line in done.stderr.splitlines() if not line.startswith("Sandbox for programs")] == []
+
+
+def test_no_command_is_greeted_by_a_kernel_that_is_not_there(caplog):
+    """PEFT imports bitsandbytes, which says so on CPUs with AVX512-BF16; everything else that it says is shown."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("Failed to load the library")
+    assert [record.message for record in caplog.records] == ["Failed to load the library"]
+
+
+def test_packages_that_only_some_need_are_not_loaded():
+    code = (
+        "import sys; from trl_score import *; from trl_score import training, collection, cli, tasks\n"
+        "sys.exit(str({'evaluate', 'scipy.stats', 'matplotlib', 'vllm'} & sys.modules.keys() or ''))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == ""
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,10 @@ def test_intervals_cover_and_pair():
 def test_mcnemar_is_the_exact_binomial_test():
     """8 corrected, 2 broken: twice the chance of at most 2 heads in 10 throws, 2 (1 + 10 + 45) / 1024."""
     assert mcnemar([False] * 8 + [True] * 2, [True] * 8 + [False] * 2) == pytest.approx(112 / 1024)
-    assert mcnemar([True, False], [True, False]) == 1.0
+    assert mcnemar([True, False], [True, False]) == mcnemar([], []) == 1.0
+    assert mcnemar([True, False], [False, True]) == 1.0  # one each: 2 (1 + 2) / 4, at most 1
+    many = mcnemar([False] * 3000 + [True] * 2000, [True] * 3000 + [False] * 2000)  # more than a float can count
+    assert many == pytest.approx(1.3002310005203e-45)
 
 
 METRIC = str(Path(sys.modules["trl_score"].__file__).parent / "metrics" / "self_correction")
