@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_score import cli, evaluate_self_correction, inference_scaling
 from trl_score.collection import collect, with_first_attempts
-from trl_score.evaluation import Job, load_evaluation
+from trl_score.evaluation import load_evaluation
 from trl_score.fingerprints import of_checkpoint, of_model, of_tokenizer
+from trl_score.jobs import Job
 from trl_score.records import Store, processes, read_rollouts, strict_json
 from trl_score.sampling import EndpointSampler, TransformersSampler, keep_random_state
 from trl_score.tasks import Arithmetic
