@@ -120,6 +120,13 @@ def test_they_are_read_from_a_revision_on_the_hub(model, tmp_path):
     assert TransformersSampler("me/tiny", **cache, revision="trained").chat_template_kwargs == THINKING
 
 
+def test_a_model_whose_name_leads_nowhere_has_none(model):
+    in_memory, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    for name in ("", "/gone/model", "outputs/gone", "a/b/c"):
+        in_memory.config._name_or_path = name
+        assert TransformersSampler(in_memory, tokenizer).chat_template_kwargs == {}
+
+
 def test_the_command_line_takes_them(model, contexts, tmp_path, capsys):
     arguments = ["--model", str(model), "--task", "arithmetic", "--max_completion_length", "4", "--limit", "2"]
     arguments += ["--output_dir", str(tmp_path / "out")]

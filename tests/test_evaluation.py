@@ -428,7 +428,7 @@ def endpoint():
     ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(120):
+        for _ in range(360):  # a busy machine takes its time
             time.sleep(0.5)
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)

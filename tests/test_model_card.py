@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import trl
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from transformers import AutoTokenizer
 
 from trl_score import evaluate_self_correction
 from trl_score.model_card import measured
@@ -62,6 +64,27 @@ def test_snippet_of_the_card_runs_the_attempts_as_trained(trained, capsys):
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"attempt {k}: {text}" for k, text in enumerate(expected, start=1)
     ]
+
+
+def test_snippet_has_the_arguments_of_the_chat_template(make_arithmetic_trainer, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    trainer = make_arithmetic_trainer(
+        {"processing_class": tokenizer},
+        **{
+            "max_steps": 1,
+            "max_completion_length": 4,
+            "num_test": 2,
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    test_snippet_of_the_card_runs_the_attempts_as_trained(trainer, capsys)
+    assert (
+        "chat_template_kwargs={'enable_thinking': False}" in (Path(trainer.args.output_dir) / "README.md").read_text()
+    )
 
 
 def test_metadata_is_valid_for_the_hub(trained):

@@ -3,8 +3,11 @@
 import json
 import logging
 import math
+import os
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -18,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_score import cli, evaluate_self_correction, inference_scaling
 from trl_score.collection import collect, with_first_attempts
-from trl_score.evaluation import Job, load_evaluation
+from trl_score.evaluation import load_evaluation
 from trl_score.fingerprints import of_checkpoint, of_model, of_tokenizer
+from trl_score.jobs import Job
 from trl_score.records import Store, processes, read_rollouts, strict_json
 from trl_score.sampling import EndpointSampler, TransformersSampler, keep_random_state
 from trl_score.tasks import Arithmetic
@@ -460,6 +464,58 @@ def test_token_ids_of_another_tokenizer_are_refused(tmp_path, chat_model, caplog
 
 
 # --- processes and the command line ---
+
+
+WORKER = """
+import datetime, json, sys, time
+from pathlib import Path
+
+import torch
+import torch.distributed.distributed_c10d as c10d
+
+c10d._get_default_timeout = lambda backend: datetime.timedelta(seconds=2)  # what a run would wait for by default
+from trl_score import evaluate_self_correction, inference_scaling
+from trl_score.collection import collect
+from trl_score.records import disconnect, processes
+from trl_score.sampling import TransformersSampler
+
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+sampler, slept = TransformersSampler(sys.argv[3]), []
+sample = sampler.sample
+
+def slowly(*args, **kwargs):
+    if processes().process_index == 1 and not slept:
+        slept.append(time.sleep(6))
+    return sample(*args, **kwargs)
+
+sampler.sample = slowly
+torch.manual_seed(processes().process_index)
+before = torch.get_rng_state()
+evaluate_self_correction(sampler, "arithmetic", **settings, output_dir=folder / "evaluate")
+collect(sampler, "arithmetic", num_samples=1, **settings, output_dir=folder / "collect")
+inference_scaling(sampler, "arithmetic", max_budget=2, **settings, output_dir=folder / "scale")
+assert torch.equal(torch.get_rng_state(), before)
+disconnect()
+"""
+
+
+def test_two_processes_do_what_one_does_and_wait_for_the_slower(tmp_path):
+    """Seven problems in batches of two: the first process has four of them, the second three."""
+    settings = {"max_completion_length": 8, "batch_size": 2, "limit": 7}
+    (tmp_path / "worker.py").write_text(WORKER)
+    for number, folder in ((1, "one"), (2, "two")):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", "--standalone"]
+        command += [str(tmp_path / "worker.py"), str(tmp_path / folder), json.dumps(settings), BASE]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for kind in ("evaluate", "collect", "scale/corrected", "scale/parallel"):
+        one, two = tmp_path / "one" / kind, tmp_path / "two" / kind
+        assert read_rollouts(one) == read_rollouts(two) and len(read_rollouts(two)) == 7
+        assert len((two / "rollouts-1.jsonl").read_text().splitlines()) == 3
+        assert asdict_of(one) == asdict_of(two)
+    for name in ("evaluate/summary.json", "scale/scaling.json"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 
 def test_processes_wait_as_long_as_the_slowest_needs(monkeypatch):

@@ -21,13 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from .cli import as_dict
 from .collection import collect
 from .evaluation import evaluate_self_correction, table
 from .fingerprints import fingerprint, of_rows
 from .records import differences, disconnect, processes, strict_json
 from .rollout import Bridge, Rollouts, save_rollout_settings, tokenize_prompt
-from .sampling import checkpoint_identity, load_rendering
+from .sampling import as_dict, checkpoint_identity, load_rendering
 from .tasks import TASKS, Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
 from .tasks.base import first

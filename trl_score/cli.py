@@ -7,7 +7,6 @@ Each command parses its arguments, calls one function and prints what it returns
 
 import argparse
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -133,6 +132,8 @@ def parse(kind: type, command: str, arguments: list[str]):
 def sample(command: str, arguments: list[str]) -> str:
     kinds = {"evaluate": EvaluateArguments, "scale": ScaleArguments, "collect": CollectArguments}
     args = vars(parse(kinds[command], command, arguments))
+    from .sampling import as_dict, check_dtype
+
     for name in ("chat_template_kwargs", "extra_body"):
         args[name] = as_dict(args[name], name)
     own = {name: args.pop(name) for name in BACKENDS_OF}
@@ -143,8 +144,6 @@ def sample(command: str, arguments: list[str]) -> str:
     if own.pop("load_in_4bit", False):
         import torch
         from transformers import BitsAndBytesConfig
-
-        from .sampling import check_dtype
 
         check_dtype(own)
         dtype = own.get("dtype", "auto")
@@ -164,22 +163,6 @@ def sample(command: str, arguments: list[str]) -> str:
     from .evaluation import evaluate_self_correction
 
     return str(evaluate_self_correction(**args, **own))
-
-
-def as_dict(value: str | dict | None, name: str) -> dict | None:
-    """An option that is JSON on the command line and may be a mapping in a YAML file."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(
-                f"`{name}={value}` is no JSON: {error}. Quote it as in '{{\"enable_thinking\": false}}'."
-            ) from None
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(
-            f"`{name}={value!r}` is no mapping of names to values, such as '{{\"enable_thinking\": false}}'."
-        )
-    return value
 
 
 def launch(command: str, arguments: list[str]) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .evaluation import Job, as_task, sample_rollouts
 from .fingerprints import of_tokenizer
+from .jobs import Job, as_task, sample_rollouts
 from .metrics import metric
 from .records import load_rollouts
 from .sampling import open_model

@@ -6,108 +6,18 @@ An evaluation is a folder: `settings.json` (a [`Job`]), `rollouts.jsonl` (one li
 `summary.json` (the metrics with their intervals). One that was interrupted is completed when it is started again.
 """
 
-import hashlib
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
-from tqdm.auto import tqdm
 
-from . import fingerprints
-from .decoding import Decoding
-from .metrics import bootstrap_intervals, edit_distance_ratio, mcnemar, metric, self_correction_values
-from .records import SUMMARY, Store, disconnect, load_rollouts, processes  # noqa: F401 (others import them from here)
-from .sampling import Sampler, keep_random_state, open_model
-from .tasks import Task, get_task
-from .tasks.base import first
-
-
-@dataclass(frozen=True)
-class Job:
-    """
-    Attempts to be sampled and graded: what `evaluate`, `collect` and `scale` share, and what their `settings.json` holds.
-
-    The first fields are set by the caller, as described for [`evaluate_self_correction`]; `token_ids` keeps the tokens of the
-    attempts. The others are found by [`Job.open`] and tell the results from those of another model or other problems.
-    """
-
-    task: str
-    split: str
-    num_attempts: int
-    num_samples: int
-    temperature: float
-    top_p: float
-    max_completion_length: int
-    batch_size: int
-    seed: int
-    correction_instruction: str | None = None
-    self_refine: bool = False
-    feedback_instruction: str | None = None
-    refine_instruction: str | None = None
-    token_ids: bool = False
-    num_given_attempts: int = 0
-
-    model: str = ""
-    backend: str = ""
-    weights: str | None = None
-    dtype: str | None = None
-    quantization: dict | str | None = None
-    tokenizer: dict | None = None
-    chat_template_kwargs: dict = field(default_factory=dict)
-    decoding: str = ""
-    extra_body: dict = field(default_factory=dict)
-    num_problems: int = 0
-    data: str = ""
-
-    def __post_init__(self):
-        if self.num_attempts < 1 or self.num_samples < 1 or self.batch_size < 1 or self.max_completion_length < 1:
-            raise ValueError(
-                f"`num_attempts={self.num_attempts}`, `num_samples={self.num_samples}`, `batch_size={self.batch_size}` and "
-                f"`max_completion_length={self.max_completion_length}`: set each to 1 or more."
-            )
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise ValueError(
-                f"`temperature={self.temperature}` and `top_p={self.top_p}`: set the first to 0 or more, the second above 0 and at "
-                "most to 1."
-            )
-        if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"`num_samples={self.num_samples}` with `temperature={self.temperature}`: greedy decoding gives the same rollout "
-                "every time. Set `temperature` above 0, or `num_samples` to 1."
-            )
-
-    @classmethod
-    def of(cls, task: Task, correction_instruction: str | None = None, self_refine: bool = False, **settings) -> "Job":
-        """A job at a task, with what the task says between the attempts."""
-        if self_refine:
-            turns = {name: getattr(task, name) for name in ("feedback_instruction", "refine_instruction")}
-        else:
-            turns = {"correction_instruction": correction_instruction or task.correction_instruction}
-        given = task.num_given_attempts
-        return cls(task=task.name, self_refine=self_refine, num_given_attempts=given, **turns, **settings)
-
-    @property
-    def turns(self) -> list[str]:
-        """What the user says from an attempt to the next. In Self-Refine the model's feedback is between the two turns."""
-        if self.self_refine:
-            return [self.feedback_instruction, self.refine_instruction]
-        return [self.correction_instruction]
-
-    def rows(self, task: Task, limit: int | None) -> Dataset:
-        """The problems. A prompt of offline repair ends with the first turn."""
-        if limit is not None and limit < 1:
-            raise ValueError(f"`limit={limit}` leaves no problem. Set it to 1 or more, or leave it out.")
-        rows = first(task.load(self.split), limit)
-        if self.num_given_attempts:
-            asked = {"role": "user", "content": self.turns[0]}
-            rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
-        return rows
+from .jobs import Job, as_task, sample_rollouts
+from .metrics import bootstrap_intervals, mcnemar, metric, self_correction_values
+from .records import SUMMARY, disconnect, load_rollouts  # noqa: F401 (the training script takes `disconnect` from here)
+from .sampling import open_model
+from .tasks import Task
 
 
 def evaluate_self_correction(
@@ -215,121 +125,12 @@ def evaluate_self_correction(
     return evaluate(job, task, limit, source, output_dir)
 
 
-def as_task(task: str | Task, data_dir: str | None = None) -> Task:
-    return get_task(task, data_dir=data_dir) if isinstance(task, str) else task
-
-
 def evaluate(job: Job, task: Task, limit: int | None, source: tuple, output_dir: str | Path | None) -> "Evaluation":
     """[`evaluate_self_correction`] of a job and a model that [`~trl_score.sampling.open_model`] found."""
     job, store = sample_rollouts(job, task, limit, source, output_dir)
     evaluation = Evaluation(asdict(job), store.all_rollouts())
     store.write(SUMMARY, evaluation.settings | evaluation.summary)
     return evaluation
-
-
-@keep_random_state()
-def sample_rollouts(
-    job: Job, task: Task, limit: int | None, source: tuple[dict, Callable[[], Sampler]], output_dir: str | Path | None
-) -> tuple[Job, Store]:
-    """
-    Sample and grade the rollouts of a job that are not in its folder yet, in batches of similar prompt length, longest first.
-    Batches are divided among the processes. If nothing is missing, no model is loaded.
-
-    Returns:
-        The job with the identity of model and problems, and its rollouts.
-    """
-    identity, make_sampler = source
-    rows = job.rows(task, limit)
-    problems = fingerprints.of_rows(rows)
-    job = replace(job, **identity, num_problems=len(rows), data=fingerprints.fingerprint(problems))
-    store = Store(output_dir, asdict(job), problems)
-    todo = [(index, sample) for index in range(len(rows)) for sample in range(job.num_samples)]
-    if len(store.done) == len(todo):
-        return job, store
-    sampler, prompts, size = make_sampler(), rows["prompt"], job.batch_size
-    lengths = [sampler.length(prompt) for prompt in prompts]
-    todo.sort(key=lambda item: (-lengths[item[0]], item))
-    own = range(store.state.process_index * size, len(todo), store.state.num_processes * size)
-    for start in tqdm(own, desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
-        batch = todo[start : start + size]
-        missing = [i for i, item in enumerate(batch) if item not in store.done]
-        if (
-            missing
-        ):  # sampled with the whole batch, so that an interrupted run ends with the rollouts of one that was not
-            rollouts = _sample_batch(job, sampler, batch, [prompts[index] for index, _ in batch])
-            rows_of_batch = rows.select([batch[i][0] for i in missing])
-            rollouts = [rollouts[i] for i in missing]
-            graded = grade(task, rows_of_batch, [rollout["attempts"] for rollout in rollouts])
-            store.add([rollout | record for rollout, record in zip(rollouts, graded, strict=True)])
-    return job, store
-
-
-def _sample_batch(job: Job, sampler: Sampler, batch: list[tuple[int, int]], prompts: list) -> list[dict]:
-    """Rollouts before they are graded: the attempts, and the feedback between them in Self-Refine."""
-    given, step = job.num_given_attempts, len(job.turns)
-    instructions = job.turns * (job.num_attempts - max(given, 1))
-    if given:  # the prompt ends with the first
-        instructions = instructions[1:]
-    # Of the texts that are sampled, the last is an attempt, and so is each `step`-th before it; the others are feedback.
-    offset = len(instructions) % step
-    decoding = Decoding(job.temperature, job.top_p, job.max_completion_length)
-    sampled = sampler.sample(prompts, instructions, decoding, seed_of(job.seed, batch), given)
-    rollouts = []
-    for (index, sample), prompt, texts in zip(batch, prompts, sampled, strict=True):
-        attempts = texts[offset::step]
-        before = [turn["content"] for turn in prompt if turn["role"] == "assistant"][-given:] if given else []
-        rollout = {
-            "index": index,
-            "sample": sample,
-            "attempts": [*before, *(attempt.text for attempt in attempts)],
-            "num_tokens": [None] * given + [attempt.num_tokens for attempt in attempts],
-            "truncated": [False] * given + [attempt.truncated for attempt in attempts],
-        }
-        if job.token_ids:
-            rollout["token_ids"] = [attempt.token_ids for attempt in attempts]
-        if job.self_refine:
-            feedback = texts[1 - offset :: step]
-            rollout["feedback"] = [each.text for each in feedback]
-            rollout["feedback_num_tokens"] = [each.num_tokens for each in feedback]
-        rollouts.append(rollout)
-    return rollouts
-
-
-def seed_of(seed: int, batch: list[tuple[int, int]]) -> int:
-    """Of a batch: the same for the same rollouts, and unrelated to that of any other batch, also after another `batch_size`."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:4]) >> 1
-
-
-def grade(task: Task, rows: Dataset, texts: list[list[str]]) -> Iterator[dict]:
-    """Records of rollouts: their attempts graded, and compared with the ones before."""
-    columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
-    prompts = rows["prompt"]
-    chat = not isinstance(prompts[0], str)
-    rewards = []
-    for attempt in zip(*texts, strict=True):
-        completions = [[{"role": "assistant", "content": text}] for text in attempt] if chat else list(attempt)
-        rewards.append(task.reward(completions, **columns))
-    other = [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
-    answers = [
-        [task.answer(text, **{name: value for name, value in row.items() if name != "text"}) for text in attempts]
-        for attempts, row in zip(texts, other, strict=True)
-    ]
-    pairs = [(first, last) for first, last in ((row[0], row[-1]) for row in answers) if first and last]
-    same = (
-        dict(zip(pairs, task.same_answers([a for a, _ in pairs], [b for _, b in pairs]), strict=True)) if pairs else {}
-    )
-    for i, attempts in enumerate(texts):
-        first, last = answers[i][0], answers[i][-1]
-        scores = [None if reward[i] is None or math.isnan(reward[i]) else reward[i] for reward in rewards]
-        yield {
-            "prompt": prompts[i],
-            "rewards": scores,
-            "correct": [None if score is None else score >= 1 for score in scores],
-            "answers": answers[i],
-            "edit_distance_ratio": [edit_distance_ratio(one, other) for one, other in pairwise(attempts)],
-            "changed_answer": not same[first, last] if first and last else first != last,
-            **({"level": other[i]["level"]} if other[i].get("level") is not None else {}),
-        }
 
 
 @dataclass

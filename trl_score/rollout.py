@@ -157,10 +157,12 @@ def load_rollout_settings(name: str, **kwargs) -> dict:
         **kwargs:
             Where on the Hub: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
     """
-    may_be_missing = dict.fromkeys(
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-    )
-    file = cached_file(name, SETTINGS_FILE, **may_be_missing, **kwargs)
+    try:
+        file = cached_file(name, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False, **kwargs)
+    except (
+        OSError
+    ):  # no such model, or the Hub does not answer and the file is not in its cache: loading the model says so
+        return {}
     return {} if file is None else json.loads(Path(file).read_text("utf-8"))
 
 

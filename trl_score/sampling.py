@@ -1,5 +1,6 @@
 """Where attempts come from in an evaluation: transformers, vLLM, or a chat endpoint."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -507,6 +508,22 @@ def _endpoint_identity(where: str, chat_template_kwargs: dict, extra_body: dict)
 def _plain(quantization) -> dict | str | None:
     """A configuration as the results file has it."""
     return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+
+
+def as_dict(value: str | dict | None, name: str) -> dict | None:
+    """An option that is JSON on the command line and may be a mapping in a YAML file."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}={value}` is no JSON: {error}. Quote it as in '{{\"enable_thinking\": false}}'."
+            ) from None
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(
+            f"`{name}={value!r}` is no mapping of names to values, such as '{{\"enable_thinking\": false}}'."
+        )
+    return value
 
 
 def check_dtype(kwargs: dict) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .evaluation import Job, as_task, evaluate, sample_rollouts
+from .evaluation import evaluate
+from .jobs import Job, as_task, sample_rollouts
 from .metrics import bootstrap_intervals, metric
 from .records import processes, strict_json
 from .sampling import open_model

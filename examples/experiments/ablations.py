@@ -33,7 +33,8 @@ from comparison import (
     tokens_figure,
     tokens_until,
 )
-from trl_score.evaluation import Evaluation, evaluate_self_correction, load_rollouts
+from trl_score.evaluation import Evaluation, evaluate_self_correction
+from trl_score.records import load_rollouts
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
