@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trl_score import SCoReConfig, SCoReTrainer
 from trl_score.tasks import Arithmetic
@@ -138,3 +138,10 @@ def make_arithmetic_trainer(arithmetic_config):
         return SCoReTrainer(args=SCoReConfig(**(arithmetic_config | kwargs)), **(defaults | (trainer or {})))
 
     return make
+
+
+def make_qwen2():
+    """A random model whose attention has biases."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=24, num_key_value_heads=2, max_position_embeddings=64, **sizes))

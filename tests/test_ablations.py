@@ -138,7 +138,7 @@ def test_token_ids_and_text_are_the_same_stored_attempts(make_arithmetic_trainer
 
 def test_missing_empty_and_overlong_stored_attempts_are_refused(make_arithmetic_trainer):
     rows = Arithmetic(num_train=4).load("train")
-    with pytest.raises(ValueError, match="a column `first_attempts`, which `train_dataset` has not"):
+    with pytest.raises(ValueError, match="a column `first_attempts`, which `train_dataset` does not have"):
         make_arithmetic_trainer({"train_dataset": rows}, offline_first_attempts=0.5)
     with pytest.raises(ValueError, match="no `first_attempts` in row 1"):
         make_arithmetic_trainer(

@@ -1,6 +1,7 @@
 """Tokens in, tokens out: what the second attempt sees is the prompt, the sampled tokens and the template's bridge."""
 
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -262,3 +263,119 @@ def test_context_ids_are_what_each_attempt_was_sampled_from():
     said = [[encode(tokenizer, text)] for text in ("12", "7, sorry", "7")]
     _, contexts, rollouts = run(tokenizer, said, [PROMPT])
     assert [rollouts.context_ids(attempt) for attempt in (1, 2, 3)] == contexts
+
+
+# Warnings of templates and prompts
+
+
+def warned(action):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(each.message) for each in caught]
+
+
+def check_template(tokenizer, *ends, prompt=PROMPT):
+    ends = {tokenizer.convert_tokens_to_ids(token) for token in ends} | {tokenizer.eos_token_id}
+    return warned(lambda: Bridge(tokenizer, end_token_ids=ends).text(prompt, INSTRUCTION))
+
+
+@pytest.mark.parametrize("name", FOR_TEXT)
+def test_template_whose_end_of_turn_ends_an_attempt_is_not_warned_about(name):
+    assert check_template(make_tokenizer(TEMPLATES[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "eos_token", "ends"),
+    [
+        ("gemma3", "<eos>", ["<end_of_turn>"]),
+        ("phi3", "<|endoftext|>", ["<|end|>"]),
+        ("llama3", "<|end_of_text|>", ["<|eot_id|>", "<|eom_id|>"]),
+        ("glm4moe", "<|endoftext|>", ["<|user|>", "<|observation|>"]),
+        ("cohere2", "<|END_OF_TURN_TOKEN|>", []),  # behind another token
+        ("gptoss", "<|return|>", []),  # only the last turn ends so, the ones before it with <|end|>
+    ],
+)
+def test_end_tokens_of_the_model_count_as_the_tokenizers(name, eos_token, ends):
+    assert check_template(make_tokenizer(TEMPLATES[name], eos_token=eos_token), *ends) == []
+
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("name", "closing"),
+    [
+        ("chatml", "<|im_end|>"),
+        ("qwen3", "<|im_end|>"),
+        ("llama3", "<|eot_id|>"),
+        ("gemma3", "<end_of_turn>"),
+        ("phi3", "<|end|>"),
+        ("deepseekv3", "<｜end▁of▁sentence｜>"),
+        ("cohere", "<|END_OF_TURN_TOKEN|>"),
+        ("cohere2", "<|END_OF_TURN_TOKEN|>"),
+        ("glm4moe", "<|user|>"),
+    ],
+)
+def test_template_whose_end_of_turn_is_no_end_is_warned_about(name, closing):
+    """A base model with a chat template: it closes its turn, and generation goes on behind it."""
+    tokenizer = make_tokenizer(TEMPLATES[name], eos_token="<base-eos>")
+    [message] = check_template(tokenizer)
+    assert f"ends the assistant's turn with '{closing}', but generation stops only at ['<base-eos>']" in message
+    assert f"Set `tokenizer.eos_token = '{closing}'`" in message
+    assert check_template(tokenizer, closing) == []
+
+
+def test_template_whose_end_of_turn_is_no_token_is_warned_about():
+    [message] = check_template(make_tokenizer(PLAIN, eos_token="<eos>"))
+    assert "ends the assistant's turn with no special token" in message
+    ending = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}")
+    assert check_template(make_tokenizer(ending, eos_token="<eos>")) == []
+
+
+def test_a_template_is_checked_once_and_only_where_end_tokens_are_known():
+    tokenizer = make_tokenizer(CHATML, eos_token="<base-eos>")
+    bridge = Bridge(tokenizer, end_token_ids=[tokenizer.eos_token_id])
+    assert len(warned(lambda: [bridge.text(PROMPT, INSTRUCTION), bridge.text(PROMPT, INSTRUCTION)])) == 1
+    assert warned(lambda: Bridge(tokenizer).text(PROMPT, INSTRUCTION)) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["chatml", "qwen3", "llama3", "gemma3", "phi3", "deepseekv3", "cohere", "gptoss", "glm4moe"]
+)
+def test_prompts_that_a_template_rendered_are_warned_about(name):
+    tokenizer = make_tokenizer(TEMPLATES[name])
+    rendered = tokenizer.apply_chat_template(PROMPT, tokenize=False, add_generation_prompt=True)
+    [message] = warned(lambda: Bridge(tokenizer).text(rendered, INSTRUCTION))
+    assert "as if a chat template had rendered it" in message and "Give the prompts as chat messages" in message
+    assert warned(lambda: Bridge(tokenizer).text(PROMPT, INSTRUCTION)) == []
+
+
+def test_rendered_prompts_without_special_tokens_are_known_by_their_end():
+    tokenizer = make_tokenizer(PLAIN, eos_token="<eos>")
+    [message] = warned(lambda: Bridge(tokenizer).text("user: How much is 3 + 4?\nassistant:", INSTRUCTION))
+    assert "contains 'assistant:'" in message
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN, None])
+def test_plain_text_is_not_taken_for_rendered(template):
+    tokenizer = make_tokenizer(CHATML)
+    if template != CHATML:
+        tokenizer = make_tokenizer(PLAIN, eos_token="<eos>")
+    if template is None:
+        tokenizer.chat_template = None
+    texts = [
+        "How much is 3 + 4?",
+        "Q: 3 < 4 | 5 > 2?\nA:",
+        "def f(x):\n    return x <= 1\n",
+        "assistant",
+        "<b>x</b>",
+        "",
+    ]
+    assert warned(lambda: [Bridge(tokenizer).text(text, INSTRUCTION) for text in texts]) == []
+
+
+def test_a_text_that_begins_with_the_beginning_of_sequence_is_warned_about():
+    """Without a chat template too: the tokenizer writes another."""
+    tokenizer = make_tokenizer(PLAIN, eos_token="<eos>")
+    assert any("'<bos>'" in each for each in warned(lambda: Bridge(tokenizer).text("<bos>Solve it.", INSTRUCTION)))

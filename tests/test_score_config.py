@@ -19,7 +19,14 @@ BAD_CONFIGURATIONS = [
     ({"num_attempts": 1}, "Stage I trains the second attempt, but `num_attempts=1` has none. Set `stage1_steps=0`"),
     ({"num_attempts_eval": 1}, "`num_attempts_eval=1` would measure no correction"),
     ({"offline_first_attempts": 1.5}, "`offline_first_attempts=1.5` is a share of the rollouts"),
-    ({"offline_first_attempts": 0.01}, "of `num_generations=8` rollouts is none of them"),
+    ({"offline_first_attempts": 0.01}, "of `num_generations=8` rollouts rounds to none of them"),
+    (
+        {"offline_first_attempts": 0.5, "num_generations": 2},
+        "leaves a single first attempt of each problem to be sampled",
+    ),
+    ({"offline_first_attempts": 0.9}, "a single first attempt of each problem to be sampled, which has no baseline"),
+    ({"offline_first_attempts": 7 / 8}, "Set `offline_first_attempts` so that two or more are sampled, or to 1"),
+    ({"stage1_steps": 1.0}, "`stage1_steps=1.0` can mean one step or the whole run"),
     ({"offline_first_attempts": 1, "num_attempts": 1, "stage1_steps": 0}, "would leave nothing to train"),
     ({"alpha": -1.0}, "`alpha=-1.0` would reward turning right attempts into wrong ones"),
     ({"gamma": 1.5}, "`gamma=1.5` is not a discount"),
@@ -99,6 +106,20 @@ def test_removed_options_are_unknown_fields(tmp_path, name):
         SCoReConfig(str(tmp_path), bf16=False, **{name: 1})
 
 
+def test_one_step_of_stage_one_is_an_integer_or_a_share(tmp_path):
+    """From arguments a number is a float, so 1 is ambiguous there; in Python and YAML the integer is one step."""
+    assert SCoReConfig(str(tmp_path), bf16=False, stage1_steps=1).stage1_steps == 1
+    SCoReConfig(str(tmp_path), bf16=False, stage1_steps=1 / 8, max_steps=8)
+    SCoReConfig(str(tmp_path), bf16=False, stage1_steps=8.0, max_steps=8)
+    (tmp_path / "config.yaml").write_text(f"output_dir: {tmp_path}\nstage1_steps: 1\nbf16: false\n")
+    [config] = TrlParser(SCoReConfig).parse_args_and_config(["--config", str(tmp_path / "config.yaml")])
+    assert config.stage1_steps == 1
+    with pytest.raises(
+        ValueError, match=r"`stage1_steps=1.0` can mean one step or the whole run. For Stage I only set"
+    ):
+        TrlParser(SCoReConfig).parse_args_and_config(["--output_dir", str(tmp_path), "--stage1_steps", "1"])
+
+
 def test_training_without_any_kl_is_allowed(tmp_path):
     SCoReConfig(str(tmp_path), bf16=False, beta=0.0, stage1_beta=0.0)
     SCoReConfig(str(tmp_path), bf16=False, beta=0.0, stage1_steps=0)
@@ -165,9 +186,7 @@ def test_chat_template_that_hides_the_first_attempt_is_refused(make_arithmetic_t
 def test_context_too_short_for_all_attempts_is_refused(make_arithmetic_trainer):
     """A context of 64 tokens, prompts of 8: with 5 instruction tokens and 2 attempts of 25 it is one token too much."""
     make_arithmetic_trainer(max_completion_length=25)
-    match = (
-        "context of 64 tokens is too short: a prompt of 8 tokens, 2 attempts of up to 26 tokens .* and 6 tokens .* 66"
-    )
+    match = r"context of 64 tokens is too short: a prompt of 8 tokens \(row 0 of `train_dataset`\), 2 attempts of up to 26 tokens .* and 6 tokens .* 66"
     refused(ValueError, match, make_arithmetic_trainer, max_completion_length=26)
     refused(ValueError, "3 attempts", make_arithmetic_trainer, max_completion_length=16, num_attempts=3)
 

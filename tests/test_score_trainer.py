@@ -312,8 +312,9 @@ def test_reward_error_names_function_attempt_and_row_and_keeps_the_checkpoint(ma
     task = Arithmetic()
 
     def verifier(completions, attempt, trainer_state, **kwargs):
-        if trainer_state.global_step == 2 and attempt == 2 and kwargs["answer"][-1] == kwargs["answer"][0]:
-            raise KeyError("lost")
+        for row, completion in enumerate(completions):
+            if trainer_state.global_step == 2 and attempt == 2 and (row == 5 or len(completions) == 1):
+                raise KeyError(completion[0]["content"])
         return task.reward(completions, **kwargs)
 
     async def async_verifier(**kwargs):
@@ -324,7 +325,7 @@ def test_reward_error_names_function_attempt_and_row_and_keeps_the_checkpoint(ma
         {"reward_funcs": function}, save_steps=1, num_generations=8, save_strategy="steps"
     )
     with pytest.raises(
-        RuntimeError, match=r"'(async_)?verifier' raised KeyError on attempt 2, in row 0: .*content"
+        RuntimeError, match=r"'(async_)?verifier' raised KeyError on attempt 2, in row 5: .*content"
     ) as error:
         trainer.train()
     assert isinstance(error.value.__cause__, KeyError)
@@ -332,6 +333,14 @@ def test_reward_error_names_function_attempt_and_row_and_keeps_the_checkpoint(ma
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 2
     AutoModelForCausalLM.from_pretrained(checkpoint)
     assert not Path(trainer.args.output_dir, "checkpoint-3").exists()
+
+
+def test_reward_functions_of_one_name_are_logged_apart(make_arithmetic_trainer):
+    functions = [lambda completions, **_: [1.0] * len(completions), lambda completions, **_: [0.5] * len(completions)]
+    trainer = make_arithmetic_trainer({"reward_funcs": functions}, max_steps=1)
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "reward" in log)
+    assert (log["rewards/<lambda>/mean"], log["rewards/<lambda>_2/mean"]) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(("output", "said"), [([1.0], "1 rewards"), (None, "`NoneType`"), (1.0, "`float`")])

@@ -9,8 +9,11 @@ are trained are the tokens that were sampled.
 """
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -208,11 +211,20 @@ class Bridge:
             The policy's tokenizer.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments of the chat template.
+        end_token_ids (`Collection[int]`, *optional*):
+            The tokens that end an attempt. If given, a chat template that ends the assistant's turn with none of them is
+            warned about.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: dict | None = None,
+        end_token_ids: Collection[int] | None = None,
+    ):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self._unchecked_ends = end_token_ids  # None once the template was checked
         # What can close a turn. An ordinary token of the template, such as its line break, does not.
         special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._closing_ids = special | {tokenizer.eos_token_id}
@@ -229,6 +241,7 @@ class Bridge:
                 "An empty correction instruction would not ask the model to correct its attempt. Set it to a sentence."
             )
         if not is_conversational({"prompt": prompt}):
+            self._warn_of_rendered(prompt)
             return (self.tokenizer.eos_token or "") + "\n\n", f"{instruction}\n\n"
         turn = [{"role": "assistant", "content": SENTINEL}, {"role": "user", "content": instruction}]
         rendered = self.tokenizer.apply_chat_template(
@@ -241,7 +254,72 @@ class Bridge:
                 "The chat template does not render the assistant's turn and the correction instruction after it, so the "
                 "second attempt would not see the first. Set a chat template on the tokenizer that renders every turn."
             )
+        if self._unchecked_ends is not None:
+            self._warn_of_end_of_turn(prompt, after[:start])
         return after[:start], after[start:]
+
+    def _warn_of_end_of_turn(self, prompt: list[dict], after: str):
+        """`after`: what the template puts between the assistant's text and the next user's."""
+        ends, self._unchecked_ends = set(self._unchecked_ends), None
+        # A template may close the last turn with another token than the turns before it, as gpt-oss does.
+        last = self.tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": SENTINEL}], tokenize=False, **self.chat_template_kwargs
+        ).rpartition(SENTINEL)[2]
+        closing = [self._first_special_tokens(text, ends) for text in (after, last)]
+        if ends.intersection(closing[0] + closing[1]):
+            return
+        # Of several tokens in a row, as of Cohere 2, the last one is the end.
+        found = closing[1][-1:] or closing[0][:1]
+        name = "no special token"
+        remedy = "Use a chat template that closes it with one, and a model that was trained with it."
+        if found:
+            token = self.tokenizer.convert_ids_to_tokens(found[0])
+            name = repr(token)
+            remedy = f"Set `tokenizer.eos_token = {token!r}` and pass that tokenizer."
+        warnings.warn(
+            f"The chat template ends the assistant's turn with {name}, but generation stops only at "
+            f"{self.tokenizer.convert_ids_to_tokens(sorted(ends))}. An attempt then continues behind the end of its turn. {remedy}",
+            stacklevel=2,
+        )
+
+    def _first_special_tokens(self, text: str, ends: set[int]) -> list[int]:
+        """The first special tokens of a text that stand in a row."""
+        special = ends.union(self.tokenizer.added_tokens_decoder)
+        ids = self._tokenize([text])[0] if text else []
+        start = next((i for i, token in enumerate(ids) if token in special), len(ids))
+        return list(takewhile(special.__contains__, ids[start:]))
+
+    @cached_property
+    def _marks(self) -> tuple[list[str], str]:
+        """What shows that a text was rendered by a chat template: special tokens in it, or the generation prompt at its end."""
+        tokenizer = self.tokenizer
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = [token for token in special if token != tokenizer.unk_token and len(token) > 2]
+        generation_prompt = ""
+        if tokenizer.chat_template is not None:
+            try:
+                generation_prompt = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": SENTINEL}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **self.chat_template_kwargs,
+                ).rpartition(SENTINEL)[2]
+            except Exception:  # a template for other messages: only its special tokens are looked for
+                pass
+        return special, generation_prompt.strip()
+
+    def _warn_of_rendered(self, prompt: str):
+        special, generation_prompt = self._marks
+        mark = next((token for token in special if token in prompt), None)
+        if mark is None and len(generation_prompt) > 3 and prompt.rstrip().endswith(generation_prompt):
+            mark = generation_prompt
+        if mark is not None:
+            warnings.warn(
+                f"A prompt is text that contains {mark!r}, as if a chat template had rendered it. The correction instruction "
+                "then stands outside of any turn, and the tokenizer may add a second beginning-of-sequence token. Give the "
+                "prompts as chat messages (`[{'role': 'user', 'content': ...}]`).",
+                stacklevel=2,
+            )
 
     def __call__(
         self, prompts: list, instructions: list[str], attempt: int, attempt_ids: list[list[int]]

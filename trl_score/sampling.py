@@ -135,7 +135,7 @@ class TokenSampler(Sampler):
     def sample(
         self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
-        bridge = Bridge(self.tokenizer, self.chat_template_kwargs)
+        bridge = Bridge(self.tokenizer, self.chat_template_kwargs, end_token_ids=self.eos_token_ids)
 
         def between(attempt, attempt_ids):
             return bridge(prompts, [instructions[attempt - 1]] * len(prompts), attempt, attempt_ids)

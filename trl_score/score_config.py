@@ -52,7 +52,7 @@ class SCoReConfig(GRPOConfig):
 
         stage1_steps (`float`, *optional*, defaults to `0.5`):
             Optimizer steps of Stage I, or their share of `max_steps` if below 1. 0: Stage II only; `max_steps` or more:
-            Stage I only. With more than two attempts Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
+            Stage I only. 1.0 is refused, as it could mean one step or the whole run; the integer 1 is one step. With more than two attempts Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
         alpha (`float`, *optional*, defaults to `10.0`):
             Weight of the bonus for improving on the attempt before, in Stage II (Section 5.2). 0: no bonus.
         gamma (`float`, *optional*, defaults to `0.0`):
@@ -233,6 +233,11 @@ class SCoReConfig(GRPOConfig):
                 f"`stage1_steps={self.stage1_steps}` is neither a number of steps nor a share of them. Set a share below "
                 "1, a whole number of steps, or 0 for Stage II only."
             )
+        if isinstance(self.stage1_steps, float) and self.stage1_steps == 1:
+            raise ValueError(
+                "`stage1_steps=1.0` can mean one step or the whole run. For Stage I only set it to `max_steps` or more; for a single "
+                "step set the integer 1 in Python or YAML, and on the command line a share of `max_steps` that rounds to one step."
+            )
         if self.alpha < 0:
             raise ValueError(
                 f"`alpha={self.alpha}` would reward turning right attempts into wrong ones. Set it to 0 (no bonus) or "
@@ -268,7 +273,13 @@ class SCoReConfig(GRPOConfig):
         if self.offline_first_attempts > 0 and self.num_offline == 0:
             raise ValueError(
                 f"`offline_first_attempts={self.offline_first_attempts}` of `num_generations={self.num_generations}` rollouts "
-                "is none of them. Set either higher."
+                "rounds to none of them. Increase one of the two."
+            )
+        if self.num_generations - self.num_offline == 1:
+            raise ValueError(
+                f"`offline_first_attempts={self.offline_first_attempts}` of `num_generations={self.num_generations}` rollouts leaves "
+                "a single first attempt of each problem to be sampled, which has no baseline. Set `offline_first_attempts` so that "
+                "two or more are sampled, or to 1 for none."
             )
         self._refuse_unsupported()
         super().__post_init__()

@@ -17,7 +17,10 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -31,10 +34,24 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from .batch import Batch
 from .cache import can_reuse_cache, reused_cache
 from .callbacks import arrange, checkpoint_to_load, open_trackio
-from .checks import TRAINED_FLAG, ContextCheck, check_datasets, check_model, check_shards
-from .decoding import Decoding, keep_random_state, neutral_generation
+from .checks import (
+    TRAINED_FLAG,
+    ContextCheck,
+    check_datasets,
+    check_model,
+    check_reference_is_fixed,
+    check_schedule,
+    check_shards,
+    check_start,
+    check_trainable,
+    copy_weights,
+    length_of_run,
+    longest_first_attempt,
+    named_datasets,
+    warn_of_dropout,
+)
+from .decoding import Decoding, keep_random_state, neutral_generation, with_end_token
 from .first_attempts import is_stored, sample_or_take, stored_attempts
-from .grading import graded
 from .metrics import attempt_changes, self_correction_values
 from .model_card import write_model_card
 from .objective import (
@@ -48,7 +65,8 @@ from .objective import (
 from .padding import ScoredTokens, by_length, width
 from .quantization import keep_differentiable
 from .resuming import save_run, start_run, whole_checkpoint
-from .rollout import Bridge, decode_attempts, roll_out, save_rollout_settings
+from .reward_errors import graded, unique_names
+from .rollout import Bridge, Rollouts, decode_attempts, roll_out, save_rollout_settings
 from .score_config import TECHNICAL_GENERATION_KWARGS, SCoReConfig
 from .tasks.base import text_of
 from .tasks.math import CORRECTION_INSTRUCTION
@@ -157,8 +175,15 @@ class SCoReTrainer(GRPOTrainer):
         }.items():
             if value is not None:
                 raise ValueError(f"`{name}` is not supported by SCoRe, whose rollout is the attempts. Leave it out.")
+        if (args.model_init_kwargs or {}).get("trust_remote_code"):
+            args.trust_remote_code = True  # of tokenizer, configuration and reference as well
         check_datasets(train_dataset, eval_dataset, args)
-        check_model(model, args)
+        self.schedule = schedule or partial(two_stages, stage1_steps=args.stage1_steps, num_attempts=args.num_attempts)
+        num_problems = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
+        check_schedule(self.schedule, *length_of_run(num_problems, args), args.num_attempts)
+        check_model(model, peft_config, args)
+        processing_class = self._with_end_token(processing_class, model, args)
+        is_given_adapter = isinstance(model, PeftModel)
 
         super().__init__(
             model=model,
@@ -173,18 +198,25 @@ class SCoReTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise ValueError("Images are not supported by SCoRe. Pass a tokenizer as `processing_class`.")
-        check_shards(self)
+        self.reward_func_names = unique_names(self.reward_func_names)
+        is_sharded = self._dist.is_zero3 or self._dist.is_fsdp
+        check_shards(args.reference_model_name_or_path, is_sharded)
         keep_differentiable(self.model)
-        self._set_reference()
+        check_trainable(self.model.parameters(), is_peft_model(self.model))
+        self._set_reference(copy_from=None if isinstance(model, str) or is_sharded else self.model)
+        if is_peft_model(self.model) and self.beta != 0.0 and not is_sharded:
+            check_reference_is_fixed(self.model)
+        reference = args.reference_model_name_or_path or get_config_model_id(self.model.config)
+        self._starts_at_reference = (
+            self.beta != 0.0 and not is_given_adapter and reference == get_config_model_id(self.model.config)
+        )
+        warn_of_dropout(self.model)
 
-        self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs)
+        self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs, self.eos_token_ids)
         # TRL looks at a row's last token and drops whole rows; truncation is per attempt here, see `_roll_out`.
         self.mask_truncated_completions = False
         # TRL's own hook for rollouts: `_generate` does the bookkeeping on what it returns.
         self.rollout_func = self._roll_out
-        self.schedule = schedule or partial(two_stages, stage1_steps=args.stage1_steps, num_attempts=args.num_attempts)
         self._planned_steps = max(args.max_steps, 1)  # `max_steps` when the run began
         self._batch: Batch | None = None  # the one that is being made
         self._attempt: int | None = None  # the one that is being graded
@@ -198,10 +230,47 @@ class SCoReTrainer(GRPOTrainer):
             args.reuse_cache
             and not (args.use_vllm or args.use_transformers_continuous_batching)
             # There a process whose attempts have ended goes on as long as another one has not.
-            and not (self._dist.is_zero3 or self._dist.is_fsdp)
+            and not is_sharded
             and can_reuse_cache(self.model)
         )
-        self._context = ContextCheck(self)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if self.use_vllm and args.vllm_max_model_length is not None:
+            limit = min(limit or args.vllm_max_model_length, args.vllm_max_model_length)
+        self._context = ContextCheck(limit, self.max_completion_length, self._bridge)
+        for name, dataset in named_datasets(self.train_dataset, self.eval_dataset).items():
+            number, first_attempts = args.num_attempts_eval, None
+            if name == "train_dataset":
+                number, first_attempts = args.num_attempts, longest_first_attempt(args, self._tokenizer)
+            self._context.check_rows(
+                name,
+                dataset,
+                lambda prompts: self._tokenize_prompts(prompts)[0],
+                args.correction_instruction,
+                number,
+                first_attempts,
+            )
+
+    @staticmethod
+    def _with_end_token(processing_class, model, args: SCoReConfig) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded as TRL does if it is not given, with the model's end-of-sequence token if it has none."""
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        where = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                name, truncation_side="left", padding_side="left", **where
+            )
+        if isinstance(processing_class, ProcessorMixin):
+            raise ValueError("Images are not supported by SCoRe. Pass a tokenizer as `processing_class`.")
+        if not isinstance(processing_class, PreTrainedTokenizerBase) or processing_class.eos_token_id is not None:
+            return processing_class
+        if not isinstance(model, str):
+            return with_end_token(processing_class, model.generation_config, name)
+        try:
+            generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+        except OSError:  # a checkpoint without generation_config.json
+            generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **where))
+        return with_end_token(processing_class, generation_config, name)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         arrange(self)
@@ -215,16 +284,13 @@ class SCoReTrainer(GRPOTrainer):
 
     # Reference model
 
-    def _set_reference(self):
+    def _set_reference(self, copy_from: nn.Module | None):
+        """The base model as the reference: the one under the adapter, the named one, or the given one (`copy_from`)."""
         if is_peft_model(self.model):
             if self.args.reference_model_name_or_path is not None:
                 raise ValueError(
                     "`reference_model_name_or_path` is for full fine-tuning: with an adapter the reference is the model "
                     "under it. Leave it out."
-                )
-            if not any(parameter.requires_grad for parameter in self.model.parameters()):
-                raise ValueError(
-                    "The given adapter is frozen, so nothing would be trained. Load it with `is_trainable=True`."
                 )
             if "ref" in self.model.peft_config:
                 # TRL cloned the given adapter as the reference. Without the clone it uses the base model.
@@ -235,10 +301,42 @@ class SCoReTrainer(GRPOTrainer):
                 )
         elif self.ref_model is not None and self.args.reference_model_name_or_path is not None:
             path = self.args.reference_model_name_or_path
-            reference = create_model_from_path(path, dtype=self.model.dtype, device_map=None)
+            reference = create_model_from_path(
+                path, dtype=self.model.dtype, device_map=None, trust_remote_code=self.args.trust_remote_code
+            )
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference.state_dict())
+        elif self.ref_model is not None and copy_from is not None:
+            copy_weights(copy_from, self.accelerator.unwrap_model(self.ref_model))
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._step == 0 and self.state.global_step == 0 and self._starts_at_reference:
+            self._check_start(inputs)
+        return inputs
+
+    def _check_start(self, inputs: dict):
+        """Compare policy and reference on the first batch of a run, without the dropout of training."""
+        model = self.accelerator.unwrap_model(self.model)
+        self.model.eval()
+        try:
+            policy = self._logps(inputs, self.model)
+            with model.disable_adapter() if is_peft_model(model) else nullcontext():
+                reference = self._logps(inputs, self.model if self.ref_model is None else self.ref_model)
+        finally:
+            self.model.train()
+        difference = (reference - policy).float()
+        kl = (difference.exp() - difference - 1) * inputs["completion_mask"]
+        kl, tokens = self.accelerator.reduce(torch.stack([kl.sum(), inputs["completion_mask"].sum()]), reduction="sum")
+        is_half = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.bfloat16, torch.float16)
+        is_quantized = getattr(model, "hf_quantizer", None) is not None
+        check_start((kl / tokens.clamp(min=1)).item(), is_float32=not (is_half or is_quantized))
 
     # Attempts and stages
+
+    @property
+    def _rollouts(self) -> Rollouts | None:
+        """The rollouts of the last batch, by the name under which published scripts read them."""
+        return None if self._batch is None else self._batch.rollouts
 
     def stage_at(self, step: int) -> Stage:
         """The stage of an optimizer step, counted from 0."""
@@ -285,9 +383,11 @@ class SCoReTrainer(GRPOTrainer):
         open_trackio(self)
         batch = self._batch
         prompt_ids = self._prompt_ids(prompts)
-        # All processes stop together, so that none waits for one that has stopped.
-        longest = torch.tensor(max(map(len, prompt_ids)), device=self.accelerator.device)
-        self._context.check(self.accelerator.gather(longest).max().item())
+
+        def largest(number: int) -> int:
+            return self.accelerator.gather(torch.tensor(number, device=self.accelerator.device)).max().item()
+
+        self._context.check_batch(prompts, prompt_ids, batch.instructions, batch.num_attempts, batch.stored, largest)
 
         def sample(contexts, num_generations):
             return self._generate_single_turn(contexts, None, {}, num_generations=num_generations)
@@ -469,12 +569,12 @@ class SCoReTrainer(GRPOTrainer):
         Log-probabilities of the rollouts' tokens under the policy that sampled them, (B, T): TRL's, or computed here where it
         did without.
         """
-        return output["old_per_token_logps"] if "old_per_token_logps" in output else self._logps(output)
+        return output["old_per_token_logps"] if "old_per_token_logps" in output else self._logps(output, self.model)
 
-    def _logps(self, output: dict[str, Tensor]) -> Tensor:
+    def _logps(self, output: dict[str, Tensor], model: nn.Module) -> Tensor:
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps, *_ = self._get_per_token_logps_and_entropies(
-                self.model,
+                model,
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
                 output["completion_ids"].size(1),
