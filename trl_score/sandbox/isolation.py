@@ -9,9 +9,15 @@ import contextlib
 import ctypes
 import os
 import platform
-import resource
+import re
 import struct
 import sys
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 BACKENDS = ("namespaces", "landlock", "seccomp", "none")
@@ -37,6 +43,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
     1, 2, 4, 8, 32, 4096, 16384, 1 << 18, 2,
 )  # fmt: skip
 PROT_EXEC = 4
+AF_UNIX, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC = 1, 1, 0o4000, 0o2000000
+MAX_THREADS = 64  # of a program, and processes where it may start any
 
 
 def _check(result: int, what: str) -> int:
@@ -54,8 +62,8 @@ ALLOWED = {
     "rt_sigreturn": (15, 139), "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66),
     "select": (23, None), "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23),
     "dup2": (33, None), "pause": (34, None), "nanosleep": (35, 101), "getitimer": (36, 102), "alarm": (37, None),
-    "setitimer": (38, 103), "getpid": (39, 172), "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210),
-    "getsockname": (51, 204), "getpeername": (52, 205), "socketpair": (53, 199), "exit": (60, 93), "uname": (63, 160),
+    "setitimer": (38, 103), "getpid": (39, 172), "recvfrom": (45, 207), "shutdown": (48, 210),
+    "getsockname": (51, 204), "getpeername": (52, 205), "exit": (60, 93), "uname": (63, 160),
     "gettimeofday": (96, 169), "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179),
     "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
     "getcwd": (79, 17), "getppid": (110, 173), "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133),
@@ -76,7 +84,7 @@ NO_SUCH_FILE = {
 
 CONDITIONAL = {
     "mmap": (9, 222), "mprotect": (10, 226), "ioctl": (16, 29), "clone": (56, 220), "kill": (62, 129), "fcntl": (72, 25),
-    "tgkill": (234, 131), "newfstatat": (262, 79), "prlimit64": (302, 261), "clone3": (435, 435),
+    "sendto": (44, 206), "socketpair": (53, 199), "tgkill": (234, 131), "newfstatat": (262, 79), "prlimit64": (302, 261), "clone3": (435, 435),
 }  # fmt: skip
 
 ARCHITECTURES = (0xC000003E, 0xC00000B7)
@@ -132,6 +140,17 @@ def seccomp_filter(process: int) -> bytes:
     for name in ("mmap", "mprotect"):
         rule(CONDITIONAL[name], *unless_bits(2, PROT_EXEC))
     rule(CONDITIONAL["ioctl"], *only_if(1, (0x5421, 0x5451), ENOTTY))  # FIONBIO, FIOCLEX: for asyncio
+    # An address reaches sockets of the host. `sendmsg` has it behind a pointer, and is not allowed at all.
+    rule(
+        CONDITIONAL["sendto"],
+        *[(LOAD, 0, 0, _low(4)), (EQUAL, 0, 2, 0), (LOAD, 0, 0, _high(4)), (EQUAL, 1, 0, 0)],
+        *[answer(EPERM), answer(0)],
+    )
+    rule(  # a pair of streams, for asyncio: other families reach other code of the kernel
+        CONDITIONAL["socketpair"],
+        *[(LOAD, 0, 0, _low(0)), (EQUAL, 0, 3, AF_UNIX), (LOAD, 0, 0, _low(1))],
+        *[(ANY_BIT, 1, 0, 0xFFFFFFFF ^ (SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)), answer(0), answer(EPERM)],
+    )
     rule(CONDITIONAL["fcntl"], *only_if(1, (0, 1, 2, 3, 4, 1030)))  # duplicate, flags
     rule(CONDITIONAL["newfstatat"], (LOAD, 0, 0, _low(3)), (ANY_BIT, 1, 0, 0x1000), answer(ENOENT), answer(0))  # fstat
     rule(CONDITIONAL["clone3"], answer(ENOSYS))  # its flags lie in memory: glibc falls back to clone
@@ -164,10 +183,14 @@ def _install_seccomp(filter: bytes) -> None:
     _check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0), "seccomp")
 
 
+def _landlock_version() -> int:
+    return _check(libc.syscall(444, None, ctypes.c_size_t(0), 1), "Landlock")
+
+
 def _landlock() -> None:
     """Landlock(7) with no rule: no file can be opened by name, made or removed; no TCP; no signal out of the domain."""
     create, restrict = 444, 446
-    version = _check(libc.syscall(create, None, ctypes.c_size_t(0), 1), "Landlock")
+    version = _landlock_version()
     files = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
     attributes = [files, *([3] if version >= 4 else []), *([3] if version >= 6 else [])]
     ruleset = struct.pack(f"={len(attributes)}Q", *attributes)
@@ -189,6 +212,22 @@ class _NewProcessNamespace:
         _check(libc.setns(self.own, CLONE_NEWPID), "the way back from a process namespace")
 
 
+_own_proc: int | None = None  # a descriptor of the file system of the processes of this namespace
+
+
+def _open_own_proc() -> None:
+    """It has no name that a program could use, and every kernel asks for it to be mounted beside the host's."""
+    global _own_proc
+    with contextlib.suppress(OSError):  # forbidden in many containers
+        os.mkdir("proc")
+        try:
+            _check(libc.mount(b"proc", b"proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None), "mount of /proc")
+            _own_proc = os.open("proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            _check(libc.umount2(b"proc", MNT_DETACH), "umount of /proc")
+        finally:
+            os.rmdir("proc")
+
+
 def _namespaces() -> contextlib.AbstractContextManager:
     """
     New user, process, network, mount, IPC, host name and cgroup namespaces; then an empty, read-only file system.
@@ -205,12 +244,15 @@ def _namespaces() -> contextlib.AbstractContextManager:
         os.waitpid(child, 0)
         os._exit(0)
     _check(libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "the parent-death signal")
+    _check(libc.sethostname(b"sandbox", 7), "the host's name")
+    _check(libc.setdomainname(b"", 0), "the domain's name")
     around_fork = _NewProcessNamespace()
     _check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount")
     where = next(path for path in ("/tmp", "/var", "/usr", "/etc") if os.path.isdir(path)).encode()
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
     _check(libc.mount(b"none", where, b"tmpfs", flags, b"size=4k,mode=555"), "mount of an empty file system")
     os.chdir(where)
+    _open_own_proc()
     _check(libc.syscall((155, 41)[MACHINE], b".", b"."), "pivot_root")
     _check(libc.umount2(b".", MNT_DETACH), "umount")
     os.chdir("/")
@@ -249,12 +291,53 @@ def enter(backend: str) -> contextlib.AbstractContextManager:
     around_fork = _namespaces() if backend == "namespaces" else contextlib.nullcontext()
     _check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if backend == "landlock":
-        _landlock()
-    elif backend == "namespaces":
-        with contextlib.suppress(OSError):  # one lock more, where the kernel has it
-            _landlock()
+        _landlock_version()
     _check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")  # no other process of this user looks inside
     return around_fork
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
+
+
+class Watch:
+    """
+    Looks at the processes of a program from outside, by a file system of processes that only the worker holds. Where that
+    is not there, it sees nothing.
+    """
+
+    def __init__(self, backend: str):
+        """Call it in a worker that has entered the backend, before it is ready."""
+        self.proc = None
+        with contextlib.suppress(OSError):
+            if backend == "namespaces":  # the host's is gone, and had other process numbers
+                self.proc = _own_proc
+            elif LINUX:
+                self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def _read(self, path: str) -> str:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc)
+        try:
+            return os.read(file, 4096).decode()
+        finally:
+            os.close(file)
+
+    def waiting(self, process: int) -> float:
+        """Seconds that a process (its first thread) was ready to run and waited for a core."""
+        if self.proc is None:
+            return 0.0
+        try:
+            return int(self._read(f"{process}/schedstat").split()[1]) / 1e9
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+    def threads(self, process: int) -> int:
+        if self.proc is None:
+            return 0
+        try:
+            return int(self._read(f"{process}/stat").rpartition(")")[2].split()[17])
+        except (OSError, ValueError, IndexError):
+            return 0
 
 
 def memory_in_use() -> int:
@@ -293,6 +376,8 @@ def confine(backend: str, *, cpu_seconds: float, address_space: int, file_size: 
     }
     if backend == "none":
         limits["NPROC"] = 0
+    elif backend == "namespaces" and _kernel() >= (5, 14):  # before, it counted all that this user runs on the host
+        limits["NPROC"] = MAX_THREADS
     for name, limit in limits.items():
         if (number := getattr(resource, f"RLIMIT_{name}", None)) is not None:
             with contextlib.suppress(
@@ -303,6 +388,11 @@ def confine(backend: str, *, cpu_seconds: float, address_space: int, file_size: 
         return
     _check(libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "the parent-death signal")
     if backend != "none":
+        if backend == "landlock":
+            _landlock()
+        elif backend == "namespaces":
+            with contextlib.suppress(OSError):  # one lock more, where the kernel has it
+                _landlock()
         header, nothing = struct.pack("=Ii", 0x20080522, 0), bytes(24)  # capabilities, version 3
         _check(libc.capset(header, nothing), "capset")
         _install_seccomp(seccomp_filter(os.getpid()))
