@@ -7,8 +7,10 @@ import time
 
 import pytest
 import sandbox_attacks
+import sandbox_programs
 
-from trl_score.sandbox import BACKENDS, Sandbox, Submission, Verdict
+from trl_score.sandbox import BACKENDS, Sandbox, Submission, Verdict, undefined_names
+from trl_score.tasks.code import names_used
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
@@ -131,11 +133,13 @@ FORGERIES = {
         "assert f(1) and len(f(1)) == 3",
     ),
 }
+FORGERIES |= sandbox_programs.FORGERIES
 
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_pass_cannot_be_forged(any_sandbox, name):
-    assert not verdict(any_sandbox, *FORGERIES[name]).passed
+    program, tests, *names = FORGERIES[name]
+    assert not verdict(any_sandbox, program, tests, entry_points=tuple(*names)).passed
 
 
 ESCAPES = {
@@ -147,12 +151,17 @@ ESCAPES = {
     "recursion through a callback": "def f(g): return g(lambda h: f(g))",
     "a module that was not loaded": "import antigravity\ndef f(x): return 1",
     "the worker's own module": "import channel\ndef f(x): return 1",
+    "its module of stand-ins": "import remote\ndef f(x): return 1",
     "files by number": "import os\ndef f(x): return [fd for fd in range(4, 256) if os.read(fd, 1) is not None]",
     "the parent": "import os, signal\ndef f(x):\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 1",
     "every process": "import os, signal\ndef f(x):\n    [os.kill(p, 9) for p in range(2, 3000) if p != os.getpid()]",
     "priority": "import os\ndef f(x): return os.setpriority(os.PRIO_PROCESS, 0, -5)",
     "secrets": "import os\ndef f(x): return os.environ['HF_TOKEN']",
     "a shell": "import pty\ndef f(x): return pty.spawn('/bin/sh')",
+    "a datagram to an address": "import socket\ndef f(x):\n    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n    a.sendto(b'x', '/tmp/socket')\n    return 918273645",
+    "a stream to an address": "import socket\ndef f(x):\n    a, b = socket.socketpair()\n    a.sendto(b'x', chr(0) + 'name')\n    return 918273645",
+    "a pair of another family": "import socket\ndef f(x):\n    socket.socketpair(socket.AF_TIPC, socket.SOCK_STREAM)\n    return 918273645",
+    "threads of small stacks": "import threading, time\nthreading.stack_size(32768)\ndef f(x):\n    for _ in range(2000): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n    return 918273645",
     "code written at run time": "import mmap\ndef f(x): return mmap.mmap(-1, 4096, prot=7)",
 }
 
@@ -163,8 +172,121 @@ def test_a_program_stays_inside_and_ends(sandbox, name, monkeypatch):
     started = time.monotonic()
     result = verdict(sandbox, ESCAPES[name], "assert f(lambda h: h(1)) == 918273645")
     assert not result.passed and result.reason
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10 * LIMITS["wall_seconds"]  # a second where the machine is not busy
     assert verdict(sandbox, "def f(x): return x", "assert f(1) == 1").passed
+
+
+# Calls that reach the host or little-tried code of the kernel, with arguments that would be valid: (x86_64, arguments).
+CALLS = {
+    "sendto": (44, "fd, buf, 1, 0, address, 110"), "sendmsg": (46, "fd, buf, 0"), "sendmmsg": (307, "fd, buf, 1, 0"),
+    "recvmsg": (47, "fd, buf, 0"), "socket": (41, "1, 2, 0"), "socket of netlink": (41, "16, 3, 0"), "socket of vsock": (41, "40, 1, 0"),
+    "socket of packets": (41, "17, 3, 0"), "bind": (49, "fd, address, 110"), "connect": (42, "fd, address, 110"), "listen": (50, "fd, 1"),
+    "accept": (43, "fd, 0, 0"), "setsockopt": (54, "fd, 1, 2, buf, 4"), "io_uring_setup": (425, "4, buf"), "pidfd_open": (434, "1, 0"),
+    "pidfd_getfd": (438, "fd, 0, 0"), "pidfd_send_signal": (424, "fd, 9, 0, 0"), "process_vm_readv": (310, "1, buf, 1, buf, 1, 0"),
+    "ptrace": (101, "16, 1, 0, 0"), "keyctl": (250, "0, 1"), "add_key": (248, "buf, buf, buf, 1, 1"), "userfaultfd": (323, "0"),
+    "perf_event_open": (298, "buf, 0, -1, -1, 0"), "bpf": (321, "0, buf, 64"), "memfd_create": (319, "buf, 0"), "execve": (59, "buf, 0, 0"),
+    "execveat": (322, "fd, buf, 0, 0, 0x1000"), "fork": (57, ""), "vfork": (58, ""), "clone": (56, "17, 0, 0, 0, 0"),
+    "clone in new namespaces": (56, "0x10010f00, 0, 0, 0, 0"), "unshare": (272, "0x10000000"), "setns": (308, "fd, 0"),
+    "mount": (165, "buf, buf, buf, 0, 0"), "chroot": (161, "buf"), "open_by_handle_at": (304, "fd, buf, 0"), "prctl": (157, "4, 1, 0, 0, 0"),
+    "kill of all": (62, "-1, 9"), "kill of the group": (62, "0, 0"), "tkill": (200, "1, 9"), "rt_sigqueueinfo": (129, "1, 9, buf"),
+    "shmget": (29, "0, 4096, 0o1600"), "msgget": (68, "0, 0o1600"), "mq_open": (240, "buf, 0o102, 0o600, 0"), "inotify_init1": (294, "0"),
+    "fanotify_init": (300, "0, 0"), "timer_create": (222, "0, buf, buf"), "personality": (135, "0xffffffff"), "modify_ldt": (154, "0, buf, 8"),
+    "prlimit64": (302, "0, 7, buf, 0"), "setuid": (105, "0"), "sched_setscheduler": (144, "0, 0, buf"), "memfd_secret": (447, "0"),
+    "mmap to run": (9, "0, 4096, 7, 0x22, -1, 0"), "mprotect to run": (10, "page, 4096, 7"), "pkey_mprotect": (329, "page, 4096, 7, -1"),
+    "ioctl to push input": (16, "0, 0x5412, buf"), "fcntl of an owner": (72, "fd, 8, 1"), "seccomp": (317, "0, 0, 0"),
+    "name_to_handle_at": (303, "-100, buf, buf, buf, 0"), "sethostname": (170, "buf, 1"), "syslog": (103, "3, buf, 9"),
+}  # fmt: skip
+CALLER = """
+import ctypes, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+a, b = socket.socketpair()
+fd, buf, address = a.fileno(), ctypes.create_string_buffer(256), ctypes.create_string_buffer(bytes([1, 0]) + b"/tmp/socket", 110)
+page = ctypes.c_void_p(ctypes.addressof(ctypes.create_string_buffer(8192)) + 4095 & ~4095)
+def f(calls):
+    found = {}
+    for name, (number, arguments) in calls.items():
+        given = [ctypes.c_long(each) if isinstance(each, int) else each for each in eval(f"({arguments},)" if arguments else "()")]
+        ctypes.set_errno(0)
+        result = libc.syscall(ctypes.c_long(number), *given)
+        found[name] = (result, ctypes.get_errno())
+    return found
+def pairs():
+    found = []
+    for family in range(46):
+        for kind in range(1, 7):
+            if libc.syscall(ctypes.c_long(53), family, kind, 0, buf) == 0:
+                found.append((family, kind))
+    return found
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers of x86_64")
+def test_calls_that_reach_the_host_or_more_of_the_kernel_are_refused(sandbox):
+    """EPERM, ENOSYS or ENOTTY, before the kernel looks at the arguments: another error would be its own."""
+    tests = f"found = f({CALLS!r})\nassert not [n for n, (r, e) in found.items() if r != -1 or e not in (1, 25, 38)], found"
+    assert verdict(sandbox, CALLER, tests + "\nassert pairs() == [(1, 1)], pairs()") == Verdict(True, "passed")
+
+
+WHERE = """
+import gc, os, platform, socket, sys, types
+def paths(words):
+    found = set()
+    def look(value, where):
+        if isinstance(value, str) and any(word in value for word in words): found.add((where, value[:90]))
+    for name, module in [*sys.modules.items()]:
+        for key, value in [*vars(module).items()]:
+            look(value, f"{name}.{key}")
+            for each in [*value] if isinstance(value, list | tuple | dict) else []: look(each, f"{name}.{key}")
+            for each in [*value.values()] if isinstance(value, dict) else []: look(each, f"{name}.{key}")
+        look(str(getattr(module, "__spec__", "")), f"{name}.__spec__")
+    frame = sys._getframe()
+    while frame:
+        look(frame.f_code.co_filename, "frame")
+        frame = frame.f_back
+    for thing in gc.get_objects():
+        if isinstance(thing, types.FunctionType): look(thing.__code__.co_filename, thing.__qualname__)
+    return sorted(found), [*os.environ]
+def files():
+    found = []
+    for name in ("environ", "cmdline", "maps", "mountinfo", "root/etc/hostname"):
+        for process in ("self", "1", "2", str(os.getppid())):
+            try: found.append(open(f"/proc/{process}/{name}").read())
+            except OSError: pass
+    for name in ("/etc/hostname", "/proc/sys/kernel/hostname", "/etc/passwd"):
+        try: found.append(open(name).read())
+        except OSError: pass
+    return found
+def host(): return {socket.gethostname(), os.uname().nodename, platform.node(), platform.uname().node}
+"""
+
+
+def test_a_program_learns_no_name_of_the_host_and_no_path(sandbox):
+    words = [sys.prefix, sys.base_prefix, str(sandbox_attacks.WORKER.parents[2]), os.path.expanduser("~")]
+    words = [word for word in words if word not in ("/", "/usr", "/root")]
+    tests = f"assert paths({words!r}) == ([], []), paths({words!r})\nassert files() == []"
+    assert verdict(sandbox, WHERE, tests) == Verdict(True, "passed")
+    if sandbox.backend == "namespaces":
+        assert verdict(sandbox, WHERE, "assert host() == {'sandbox'}, host()") == Verdict(True, "passed")
+
+
+def test_a_busy_machine_changes_no_verdict():
+    """Two seconds of a core shared with twelve others take longer than the limit, and a program that sleeps does not."""
+    sandbox = Sandbox(cpu_seconds=3, wall_seconds=1.5, num_workers=1, allow_code_execution=True)
+    burner = "import os; os.nice(0)\nwhile True: pass"
+    cores = len(os.sched_getaffinity(0))
+    others = [subprocess.Popen([sys.executable, "-c", burner]) for _ in range(6 * cores)]
+    try:
+        works = "import time\ndef f():\n    while time.process_time() < 0.7: pass\n    return 1"
+        assert verdict(sandbox, works, "assert f() == 1") == Verdict(True, "passed")
+        started = time.monotonic()
+        sleeps = verdict(sandbox, "import time\ndef f(): time.sleep(99)", "assert f() == 1")
+        assert sleeps.reason == "wall-clock limit of 1.5 s" and time.monotonic() - started < 8
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+        sandbox.close()
 
 
 def test_the_reason_says_what_happened(any_sandbox):
@@ -244,6 +366,134 @@ def test_an_honest_program_passes(sandbox, name):
     program, tests = HONEST[name]
     names = ("sum",) if name == "name of a builtin" else ()
     assert verdict(sandbox, program, tests, entry_points=names) == Verdict(True, "passed")
+
+
+@pytest.mark.parametrize("name", sandbox_programs.HONEST)
+def test_tests_may_use_objects_of_the_program_as_in_one_process(any_sandbox, name):
+    program, tests = sandbox_programs.HONEST[name]
+    assert verdict(any_sandbox, program, tests, entry_points=tuple(names_used(program, tests))) == Verdict(
+        True, "passed"
+    )
+    assert verdict(any_sandbox, program, tests).passed  # with the entry points left to be found
+
+
+UNSUPPORTED = {
+    "an ordering with a number": ("class A:\n    def __gt__(self, o): return True", "assert A() > 5", "ordering"),
+    "a difference that is a number": (
+        "class A:\n    def __sub__(self, o): return 1.5",
+        "assert abs(A() - 3) < 2",
+        "`sub` between an object of the program and a test's value",
+    ),
+    "the size of a scaled object": (
+        "class A:\n    def __mul__(self, k): return self\n    def __abs__(self): return 2",
+        "assert abs(A() * 2) == 2",
+        "`abs` of what an operator made",
+    ),
+    "equality with a number": (
+        "class A:\n    def __eq__(self, o): return o == 5",
+        "assert A() == 5",
+        "`==` between `A`",
+    ),
+    "in without items": (
+        "class A:\n    def __contains__(self, x): return True",
+        "assert 3 in A()",
+        "cannot be iterated over",
+    ),
+    "in of its own": (
+        "class A:\n    def __contains__(self, x): return True\n    def __iter__(self): return iter(())",
+        "assert 3 in A()",
+        "`__contains__` is not asked",
+    ),
+    "a plain value as an instance": ("class A(int): pass", "assert isinstance(A(3), A)", "isinstance"),
+    "a subclass of a list as a list": (
+        "class A(list):\n    def push(self, x): self.append(x)",
+        "assert isinstance(A(), list)",
+        "the builtin class that it is derived from",
+    ),
+    "sums of a subclass of int": (
+        "class A(int):\n    def double(self): return 2 * self\n    def __add__(self, o): return 7",
+        "assert A(1) + 1 == 7",
+        "`__add__` of `A`",
+    ),
+    "a changed argument": ("def f(x): x.sort()", "x = [2, 1]\nf(x)\nassert x == [1, 2]", "mutable_arguments"),
+    "pickle": ("class A: pass", "import pickle\npickle.dumps(A())", "pickle"),
+    "a name of nobody's": ("def f(x): return x", "assert g(f(1)) == 1", "use `g`"),
+    "a module that is not there": (
+        "def f(x): return x",
+        "import solution\nassert solution.f(1) == 1",
+        "import `solution`",
+    ),
+    "a test with arguments": ("def f(x): return x", "def test_f(data):\n    assert f(data) == 1", "`test_f`"),
+    "functions that nothing calls": ("def f(x): return x", "def check(g):\n    assert g(1) == 1", "nothing calls"),
+    "StopIteration as an error": (
+        "def f(x): raise StopIteration",
+        "try:\n    f(1)\n    assert False\nexcept StopIteration: pass",
+        "StopIteration",
+    ),
+    "a patch of the tests' own process": (
+        "def f(): return input()",
+        "from unittest.mock import patch\nwith patch('builtins.input', return_value='a'):\n    assert f() == 'a'",
+        "`patch`",
+    ),
+    "a file in a test case": (
+        "def f(path): return open(path).read()",
+        "import tempfile, unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
+        "        with tempfile.NamedTemporaryFile() as file: self.assertEqual(f(file.name), '')\nunittest.main()",
+        "use files",
+    ),
+    "a file": (
+        "def f(path): return open(path).read()",
+        "import tempfile\nwith tempfile.NamedTemporaryFile() as file:\n    assert f(file.name) == ''",
+        "use files",
+    ),
+    "the code of a function of the tests": (
+        "import inspect\ndef f(g): return len(inspect.signature(g).parameters)",
+        "assert f(lambda a: a) == 1",
+        "of the tests'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_the_sandbox_does_not_do_is_named(any_sandbox, name):
+    """An honest program fails here. It is told apart from a wrong one."""
+    program, tests, what = UNSUPPORTED[name]
+    result = verdict(any_sandbox, program, tests, entry_points=tuple(names_used(program, tests)) or ("f",))
+    assert not result.passed and what in result.unsupported and result.reason.startswith("unsupported: ")
+
+
+def test_a_wrong_program_is_no_unsupported_one(any_sandbox):
+    for program in (
+        "def f(x): return x + 1",
+        "def f(x): raise ValueError",
+        "def g(x): return x",
+        "def f(x) return",
+        "1 / 0",
+    ):
+        result = verdict(any_sandbox, program, "assert f(1) == 1\nassert f([1])[0] == 1", entry_points=("f",))
+        assert not result.passed and not result.unsupported
+
+
+def test_only_entry_points_come_from_the_program(any_sandbox):
+    """MBPP 596 uses `sys` in its tests."""
+    program = "class sys:\n    @staticmethod\n    def getsizeof(x): return 7\ndef f(x): return 7"
+    tests = "assert f((1, 2)) == sys.getsizeof((1, 2))"
+    assert not verdict(any_sandbox, program, tests).passed
+    assert not verdict(any_sandbox, program, tests, entry_points=("f",)).passed
+    right = "import sys\ndef f(x): return sys.getsizeof(x)"
+    assert verdict(any_sandbox, right, tests, entry_points=("f",)).passed
+    # a name of a library is an entry point where it is asked for, or where the tests use no other
+    gcd = "def gcd(a, b): return gcd(b, a % b) if b else a"
+    assert verdict(any_sandbox, gcd, "assert gcd(4, 6) == 2").passed
+    assert verdict(any_sandbox, "def copy(x): return x", "assert copy(4) == 4", entry_points=("copy",)).passed
+    assert verdict(any_sandbox, "def select(x): return x", "assert select(4) == 4").passed
+
+
+def test_names_that_nothing_defines():
+    assert undefined_names("import math as m\nassert m.isclose(f(1), isclose(2)) and sys.maxsize") == {"f", "isclose"}
+    assert undefined_names("def check(c):\n    assert c(x) == len(y)\nx = 1\ncheck(f)") == {"f", "y"}
+    assert undefined_names("from math import *\nassert isclose(f(1), 2)") == set()
+    assert undefined_names("assert f(") == set()
 
 
 def test_a_changed_argument_reaches_the_tests_only_where_asked(any_sandbox):

@@ -1,16 +1,20 @@
 """The tasks on their real rows, from a folder and from a repository in the Hub's layout."""
 
 import ast
+import builtins
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from trl_score.sandbox import Sandbox, Submission
+from trl_score.sandbox import Sandbox, Submission, Verdict
+from trl_score.sandbox.names import free_names
 from trl_score.tasks import TASKS, CodeTask, MathTask, Task, get_task, sources
-from trl_score.tasks.code import one_assert_each
+from trl_score.tasks.code import names_used, one_assert_each, with_imports
 from trl_score.tasks.programs import extract_program
 
 
@@ -192,6 +196,141 @@ def test_fractional_reward_is_the_share_of_the_assertions(sandbox):
     assert rewards(tests, fractional_reward=True) == [1.0, 0.25, 0.0, 0.75]
     assert rewards(tests) == [1.0, 0.0, 0.0, 0.0]
     assert rewards(in_function, fractional_reward=True) == [1.0, 0.0, 0.0, 1.0]
+
+
+@needs_data
+def test_no_row_takes_a_name_from_the_program_that_is_no_entry_point(task):
+    """MBPP 596 uses `sys` in its tests: they import it, as the reference program does."""
+    for name in ("mbpp", "humaneval", "humanevalfix", "mbpp_repair"):
+        for split in ("train", "test") if name == "mbpp" else ("test",):
+            for row in task(name).load(split):
+                free = free_names(row["tests"])
+                assert {each for each in free if not hasattr(builtins, each)} <= set(row["names"]) and row["names"]
+                assert {each for each in row["names"] if hasattr(builtins, each)} <= {"sum"}  # MBPP 126 asks for `sum`
+    rows = sources.load_dataset("json", data_files=str(DATA / "mbpp" / "mbpp_sanitized.jsonl.gz"), split="train")
+    for row in rows:
+        tests = with_imports(row["code"], "\n".join([*row["test_imports"], *row["test_list"]]))
+        free = {each for each in free_names(tests) if not hasattr(builtins, each)}
+        assert free <= set(names_used(row["code"], tests))
+
+
+@needs_data
+def test_a_program_cannot_bring_the_modules_of_its_tests(task):
+    row = next(row for row in task("mbpp").load("train") if row["task_id"] == 596)
+    columns = {column: [row[column]] for column in ("tests", "names", "context")}
+    forged = "class sys:\n    getsizeof = staticmethod(lambda x: 7)\ndef tuple_size(x): return 7"
+    assert task("mbpp").reward([forged], **columns) == [0.0]
+
+
+def test_what_tests_use_of_a_reference():
+    reference = (
+        "import sys\nfrom math import pi as p, e\nLIMIT: int = 3\na, b = 1, 2\nclass C: pass\ndef f(): return sys"
+    )
+    tests = "assert f() is sys and LIMIT == a == p and C"
+    assert names_used(reference, tests) == ["LIMIT", "a", "C", "f"]
+    assert with_imports(reference, tests) == f"import sys\nfrom math import pi as p\n{tests}"
+    assert with_imports(reference, "import sys, math as p\n" + tests) == "import sys, math as p\n" + tests
+
+
+class Own(CodeTask):
+    name = "own"
+
+    def __init__(self, tests="assert f(1) == 2", names=("f",), **kwargs):
+        self.row = {"prompt": [], "tests": tests, "names": list(names), "context": ""}
+        super().__init__(**kwargs)
+
+    def rows(self, split):
+        return [self.row]
+
+    def grade(self, *programs):
+        columns = {column: [value] * len(programs) for column, value in self.row.items() if column != "prompt"}
+        return self.reward(list(programs), **columns)
+
+
+def test_tests_that_use_what_nothing_defines_stop_the_load(sandbox):
+    with pytest.raises(ValueError, match=r"Row 0 of 'own': its tests use \['helper'\].*`names`"):
+        Own("assert f(1) == helper(2)", sandbox=sandbox).load("test")
+    assert len(Own("assert f(1) == helper(2)", ("f", "helper"), sandbox=sandbox).load("test")) == 1
+    assert len(Own("from math import *\nassert f(1) == sin(2)", sandbox=sandbox).load("test")) == 1
+
+
+def test_what_the_sandbox_does_not_do_is_logged_once(sandbox, caplog):
+    task = Own("assert C() > 3", ("C",), sandbox=sandbox)
+    right = "class C:\n    def __gt__(self, other): return True"
+    assert task.grade(right, right, "class C: pass") == [0.0, 0.0, 0.0]
+    assert "an ordering (`gt`) between an object of the program and a test's value" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_a_row_says_whether_its_tests_see_changed_arguments(sandbox):
+    task = Own("x = [2, 1]\nf(x)\nassert x == [1, 2]", sandbox=sandbox)
+    assert task.grade("def f(x): x.sort()") == [0.0]
+    task.row["mutable_arguments"] = True
+    assert task.grade("def f(x): x.sort()", "def f(x): pass") == [1.0, 0.0]
+
+
+def run_in_plain_processes(submissions):
+    """A runner as a user would write it: one Python process per program, with its tests after it."""
+    verdicts = []
+    for submission in submissions:
+        script = f"{submission.program}\n{submission.tests}"
+        done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=20)
+        verdicts.append(Verdict(done.returncode == 0, done.stderr.strip().rpartition("\n")[2] or "passed"))
+    return verdicts
+
+
+def test_a_runner_of_the_users_own_takes_the_place_of_the_sandbox(sandbox, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)  # consent is for ours
+    task = Own(runner=run_in_plain_processes)
+    assert task.grade("```python\ndef f(x): return x + 1\n```", "def f(x): return x", "def f(x) return") == [
+        1.0,
+        0.0,
+        0.0,
+    ]
+    share = Own("assert f(1) == 2\nassert f(2) == 9", runner=run_in_plain_processes, fractional_reward=True)
+    assert share.grade("def f(x): return x + 1") == [0.5]
+    task.close()
+    with pytest.raises(ValueError, match="`sandbox` and `runner`"):
+        Own(sandbox=sandbox, runner=run_in_plain_processes)
+    for wrong in (lambda submissions: [], lambda submissions: [True] * len(submissions)):
+        with pytest.raises(TypeError, match="one `Verdict` per submission"):
+            Own(runner=wrong).grade("def f(x): return x")
+
+
+ELSEWHERE = """
+import torch, transformers, trl, datasets, math_verify
+from trl import GRPOConfig, GRPOTrainer
+import os, socket, sys
+missing = {"resource", "fcntl", "termios", "pwd", "grp"}
+class NotThere:
+    def find_spec(self, name, path=None, target=None):
+        if name in missing: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NotThere())
+for name in missing: sys.modules.pop(name, None)
+child = os.fork()  # these imports take a while: once for both systems
+sys.platform = "win32" if child else "darwin"
+if child:
+    os.waitpid(child, 0)
+    del socket.send_fds, socket.recv_fds, os.fork, os.setsid
+del os.sched_getaffinity, os.memfd_create
+import trl_score, trl_score.cli
+from trl_score import SCoReConfig
+from trl_score.sandbox import Sandbox
+from trl_score.tasks import CodeTask, MathTask, get_task
+CodeTask(runner=lambda submissions: [])
+for start in (lambda: Sandbox(allow_code_execution=True), lambda: MathTask(num_workers=1).reward(["1"], answer=["1"])):
+    try: print(sys.platform, start(), flush=True)
+    except (RuntimeError, OSError) as error: print(sys.platform, error, flush=True)
+"""
+
+
+def test_it_can_be_imported_on_other_systems():
+    """What does not work there says so in one sentence when it is used."""
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    mac_programs, mac_mathematics, windows_programs, windows_mathematics = done.stdout.strip().splitlines()
+    assert "this is darwin" in mac_programs and mac_mathematics == "darwin [1.0]"
+    assert windows_programs == windows_mathematics and "which this system (Windows) cannot send" in windows_programs
 
 
 def test_tests_that_are_no_python_are_an_error_also_one_by_one():

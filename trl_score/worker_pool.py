@@ -28,6 +28,11 @@ HEADER = struct.Struct("<QQ")  # bytes of the result, 0 until there is one; byte
 START_LIMIT = 60.0  # seconds a worker has to say that it is ready
 MAX_RESULT = 1 << 20  # bytes
 DIED = "its worker died"
+CAN_SEND_DESCRIPTORS = hasattr(socket, "send_fds")
+NO_DESCRIPTORS = (
+    "Helper processes get their jobs as file descriptors, which this system (Windows) cannot send: grade on Linux or macOS, "
+    "in WSL, or, for programs, with a runner of your own (docs/sandbox.md)."
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class Worker:
     """One helper process and the pool's end of its channel."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str]):
+        if not CAN_SEND_DESCRIPTORS:
+            raise OSError(NO_DESCRIPTORS)
         self.channel, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(

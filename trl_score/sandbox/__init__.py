@@ -9,14 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..worker_pool import Outcome, WorkerPool
+from ..worker_pool import CAN_SEND_DESCRIPTORS, NO_DESCRIPTORS, Outcome, WorkerPool
 from .isolation import BACKENDS
+from .names import undefined_names
 
 
 logger = logging.getLogger(__name__)
 
 WORKER = Path(__file__).parent / "worker.py"
+START = """
+import os, sys
+here = os.path.dirname(sys.argv[1])
+sys.path[:0] = [here, os.path.dirname(here)]
+if sys.platform == "linux":  # by descriptors: no program is to find where on this machine its interpreter lives
+    sys.path[:] = [f"/proc/self/fd/{os.open(path, 0)}" for path in sys.path if os.path.isdir(path)]
+del here
+import channel, isolation, worker, worker_pool
+del sys.path[:2]
+worker.main()
+"""
 LIMITS = struct.Struct("<ddQ")  # as in worker.py
+MAX_STRETCH = 10  # as in worker.py
 MISSING = {
     "landlock": "no namespaces: the program shares process numbers with the host, and is kept from them by seccomp alone",
     "seccomp": "no namespaces and no Landlock: one layer, the filter of system calls, keeps the program from the host",
@@ -33,10 +46,11 @@ class Submission:
         program (`str`):
             Python source. It is not run as `__main__`.
         tests (`str`):
-            Python source that raises if the program is wrong. It sees the functions and classes of the program under
-            their names, and passes if it runs to its end.
+            Python source that raises if the program is wrong, and passes if it runs to its end. Test cases of `unittest`
+            and functions `test_..` that it defines and does not run are run after it.
         entry_points (`tuple[str, ...]`, *optional*):
-            Names of the program's that the tests use even where they are also the names of builtins, such as `sum`.
+            The names that the tests get from the program, and no others. By default, the names that the tests use and do
+            not define, without those of builtins, modules and libraries: name them where a program may try to cheat.
         mutable_arguments (`bool`, *optional*, defaults to `False`):
             Whether changes that the program makes to a list, dict, set or bytearray passed to it reach the tests.
     """
@@ -49,10 +63,22 @@ class Submission:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the program passed all of its tests; if not, why, in one line."""
+    """
+    Whether the program passed all of its tests.
+
+    Args:
+        passed (`bool`):
+            Whether all tests passed.
+        reason (`str`):
+            `"passed"`, or why not, in one line.
+        unsupported (`str`, *optional*, defaults to `""`):
+            What the tests do that the sandbox does not do as a plain run would. Where it is not empty, the program may be
+            right although it did not pass (docs/sandbox.md).
+    """
 
     passed: bool
     reason: str
+    unsupported: str = ""
 
 
 class Sandbox:
@@ -60,15 +86,16 @@ class Sandbox:
     Runs programs against their tests, each in processes of its own.
 
     The program runs in one process and the tests in another, so that the program can neither see the expected values nor
-    decide what equality means: only plain data crosses, rebuilt as builtin types. What passes is what the process with
-    the tests says, in a file that the program's process never had.
+    decide what equality means: plain data is rebuilt as builtin types, and objects of the program are asked over a channel
+    that no expected value crosses. Only the process with the tests can report a pass: it writes the verdict to a file that
+    the program's process cannot access. docs/sandbox.md has a table of what tests may do with a program's objects.
 
     What a program is kept from, on Linux (x86_64; aarch64 by the same tables, not tried):
 
     | | `"namespaces"` | `"landlock"` | `"seccomp"` | `"none"` |
     |---|---|---|---|---|
     | forging a pass; reading the tests | yes | yes | yes | yes |
-    | outliving its limits of CPU time, wall-clock time and memory | yes | yes | yes | mostly (1) |
+    | outliving its limits of CPU time, wall-clock time and memory; more than 64 threads | yes | yes | yes | mostly (1) |
     | files, network, other programs and processes, the environment | yes, three layers | yes, two | yes, one | **no** |
     | the kernel's own faults (a local privilege escalation) | fewer system calls | fewer | fewer | **no** |
 
@@ -87,7 +114,8 @@ class Sandbox:
         cpu_seconds (`float`, *optional*, defaults to `5.0`):
             CPU time of a program.
         wall_seconds (`float`, *optional*, defaults to `15.0`):
-            Wall-clock time of a program, on a machine that may be busy with other things.
+            Wall-clock time of a program. Time that it spends waiting for a core of a busy machine does not count, up to ten
+            times this limit.
         memory (`int`, *optional*, defaults to `512 * 2**20`):
             Bytes that a program may map.
         packages (`Sequence[str]`, *optional*):
@@ -99,13 +127,13 @@ class Sandbox:
 
     Raises:
         `PermissionError`: Without consent.
-        `RuntimeError`: If the backend cannot be had on this machine.
+        `RuntimeError`: If this machine or system does not allow the backend.
 
     Example:
     ```python
     >>> sandbox = Sandbox(allow_code_execution=True)
-    >>> sandbox.run([Submission("def inc(x): return x + 2", "assert inc(1) == 2")])
-    [Verdict(passed=False, reason='AssertionError [assert inc(1) == 2]')]
+    >>> sandbox.run([Submission("def inc(x): return x + 2", "assert inc(1) == 2", entry_points=("inc",))])
+    [Verdict(passed=False, reason='AssertionError [assert inc(1) == 2]', unsupported='')]
     ```
     """
 
@@ -134,6 +162,13 @@ class Sandbox:
         for name, value in (("cpu_seconds", cpu_seconds), ("wall_seconds", wall_seconds), ("memory", memory)):
             if not value > 0:
                 raise ValueError(f"`{name}={value}` leaves a program nothing to run with. Set it above 0.")
+        if not CAN_SEND_DESCRIPTORS:
+            raise RuntimeError(NO_DESCRIPTORS)
+        if sys.platform != "linux" and backend != "none":
+            raise RuntimeError(
+                f"The locks of the sandbox are Linux's, and this is {sys.platform}: use Linux, a container or a runner of your "
+                "own (docs/sandbox.md), or `backend='none'` where nothing can be lost."
+            )
         self.cpu_seconds, self.wall_seconds, self.memory = cpu_seconds, wall_seconds, memory
         refusals = {}
         for self.backend in BACKENDS[:-1] if backend == "auto" else [backend]:
@@ -148,7 +183,7 @@ class Sandbox:
             self.close()
         else:
             raise RuntimeError(
-                f"No sandbox can be had on this machine: {refusals}. `backend='none'` runs programs with no isolation "
+                f"This machine allows no sandbox: {refusals}. `backend='none'` runs programs with no isolation "
                 "but that of processes and their limits; do that only where nothing can be lost."
             )
         logger.log(
@@ -158,7 +193,7 @@ class Sandbox:
 
     def _command(self, packages: Sequence[str]) -> list[str]:
         paths = [path for path in sys.path if path] if packages else []
-        options = ["-P", "-s", "-S", "-B"]
+        options = ["-P", "-s", "-S", "-B", "-c", START]
         return [sys.executable, *options, str(WORKER), self.backend, " ".join(packages), json.dumps(paths)]
 
     def close(self) -> None:
@@ -192,7 +227,7 @@ class Sandbox:
             ).encode()
             for submission in submissions
         ]
-        outcomes = self._pool.map(jobs, time_limit=self.wall_seconds + 10)
+        outcomes = self._pool.map(jobs, time_limit=MAX_STRETCH * self.wall_seconds + 10)
         return [self._verdict(*pair) for pair in zip(submissions, outcomes, strict=True)]
 
     def _verdict(self, submission: Submission, outcome: Outcome) -> Verdict:
@@ -209,7 +244,7 @@ class Sandbox:
         reason = found["reason"]
         if end["signal"] and not found["passed"]:
             reason += f" (signal {end['signal']})"
-        return Verdict(found["passed"] is True, reason)
+        return Verdict(found["passed"] is True, reason, found["unsupported"])
 
 
-__all__ = ["BACKENDS", "Sandbox", "Submission", "Verdict"]
+__all__ = ["BACKENDS", "Sandbox", "Submission", "Verdict", "undefined_names"]

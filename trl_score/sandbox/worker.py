@@ -1,6 +1,6 @@
 """
 The worker of the sandbox: an interpreter that has loaded the standard library, left the host, and forks two processes for
-each program. Run by path, by [`trl_score.sandbox.Sandbox`]; it can import nothing of ours but its neighbours.
+each program. Started by [`trl_score.sandbox.Sandbox`]; it can import nothing of ours but its neighbours.
 
     pool ──job──► worker ──fork──► checker    reads the job (tests, expected values), runs the tests, writes the verdict
                     │                 │ channel.Peer
@@ -10,34 +10,42 @@ The worker itself never reads a job: what it does not know, the next program can
 clock and ends both processes.
 """
 
+import asyncio
 import contextlib
+import dataclasses
 import gc
 import importlib
+import inspect
+import io
 import json
 import os
 import pkgutil
+import platform
 import random
+import re
 import select
 import signal
 import socket
 import struct
-import symtable
 import sys
 import time
 import types
+import unittest
 import warnings
 
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(1, os.path.dirname(sys.path[0]))
 import channel
 import isolation
+import names
+import remote
 import worker_pool
 
 
-del sys.path[:2]
 LIMITS = struct.Struct("<ddQ")  # before the job's text: CPU seconds, wall-clock seconds, bytes
+MAX_STRETCH = 10  # times the wall-clock limit, on a machine so busy that a program has to wait for a core
 MAX_REASON = 2000  # characters
+OWN_PROCESS = re.compile(
+    r"\b(patch|monkeypatch|seed|stdin|environ|catch_warnings|assertWarns|assertLogs|freeze_time)\b"
+)
 OUR_FRAMES = 12  # of the stack, below a function of the program's that is called
 NOT_LOADED = {  # of the standard library: they act when imported, or are large and of no use here
     "antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "ensurepip", "venv", "nt",
@@ -65,43 +73,83 @@ def load_modules(packages: list[str]) -> None:
             importlib.import_module(name)
 
 
-def plain_interpreter() -> None:
+def nameless(folder: str) -> str:
+    """A path to a folder that says nothing about this machine: modules and code objects keep the path they came from."""
+    try:
+        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY | os.O_DIRECTORY)}" if sys.platform == "linux" else folder
+    except OSError:
+        return folder
+
+
+def leave_paths_behind() -> list[str]:
+    """Before the modules are loaded, as they copy these. Returns the paths."""
+    left = [path for path in {sys.prefix, sys.base_prefix, os.path.expanduser("~")} if len(path) > len("/usr")]
+    for name in ("prefix", "base_prefix", "exec_prefix", "base_exec_prefix", "_stdlib_dir"):
+        setattr(sys, name, "/usr")
+    sys.executable = sys._base_executable = ""
+    sys.orig_argv[:] = [""]
+    return left
+
+
+def plain_interpreter(paths: list[str]) -> None:
     """Take away what tells this interpreter from a fresh one, and what a program could come to depend on."""
-    for name in ("isolation", "channel", "worker_pool"):
+    for name in ("isolation", "channel", "names", "remote", "worker", "worker_pool"):
         del sys.modules[name]
+    for module in [*sys.modules.values()]:
+        without_paths(module, paths)
     sys.path[:] = []
-    sys.argv[:] = sys.orig_argv[:] = [""]
+    sys.path_importer_cache.clear()
+    sys.argv[:] = [""]
+    os.environ.clear()
+    platform._uname_cache = None  # it has the host's name
     sys.setrecursionlimit(sys.getrecursionlimit() + OUR_FRAMES)
     random.seed(0)  # the same verdict every time
     gc.collect()
     gc.freeze()
 
 
+def without_paths(module: types.ModuleType, paths: list[str]) -> None:
+    """Take the paths of the host out of a module: out of its text, and where it was loaded before our first line."""
+
+    def tells(value) -> bool:
+        return isinstance(value, str) and any(path in value for path in paths)
+
+    def code_without(code: types.CodeType) -> types.CodeType:
+        constants = (code_without(each) if isinstance(each, types.CodeType) else each for each in code.co_consts)
+        return code.replace(co_filename="", co_consts=tuple(constants))
+
+    spec = getattr(module, "__spec__", None)
+    for holder in (module, spec, getattr(spec, "loader", None), getattr(spec, "loader_state", None)):
+        for name, value in [*getattr(holder, "__dict__", {}).items()] if not isinstance(holder, type) else []:
+            if tells(value):
+                setattr(holder, name, "")
+            elif type(value) is dict and holder is module:
+                value.update({key: "" for key, item in value.items() if tells(item)})
+            elif type(value) is list:
+                value[:] = [item for item in value if not tells(item)]
+    for thing in [*vars(module).values()]:
+        for function in [thing, *(vars(thing).values() if isinstance(thing, type) else ())]:
+            if isinstance(function, types.FunctionType) and tells(function.__code__.co_filename):
+                function.__code__ = code_without(function.__code__)
+
+
 # --- the process with the program -----------------------------------------------------------------------------------
 
 
-class Candidate:
-    def __init__(self):
-        self.module = types.ModuleType("program")
-        sys.modules["program"] = self.module
-
-    def load(self, source: str) -> None:
-        exec(compile(source, "<program>", "exec", dont_inherit=True), vars(self.module))
-
-    def names(self, names: list[str]) -> dict:
-        """Those of the names that the program has bound."""
-        return {name: vars(self.module)[name] for name in names if name in vars(self.module)}
-
-    def call(self, function, arguments: tuple, named: dict) -> tuple:
-        """Its result, and the arguments as the call left them."""
-        return function(*arguments, **named), arguments, named
-
-
 def candidate(file: int) -> None:
-    holder = Candidate()
-    peer = channel.Peer(
-        file, channel.everything, {"load": holder.load, "names": holder.names, "call_and_show": holder.call}
-    )
+    module = types.ModuleType("program")
+    sys.modules["program"] = sys.modules["__main__"] = module
+
+    def load(source: str) -> None:
+        exec(compile(source, "<program>", "exec", dont_inherit=True), vars(module))
+
+    def bound(wanted: list[str]) -> dict:
+        """Those of the names that the program has bound."""
+        return {name: vars(module)[name] for name in wanted if name in vars(module)}
+
+    peer = channel.Peer(file, channel.everything, False, {"load": load, "names": bound})
+    peer.printed = channel.Printed()
+    sys.stdout = io.TextIOWrapper(peer.printed, "utf-8", "backslashreplace", "", write_through=True)
     with contextlib.suppress(EOFError):
         while True:
             peer.serve(peer.receive())
@@ -110,80 +158,145 @@ def candidate(file: int) -> None:
 # --- the process with the tests -------------------------------------------------------------------------------------
 
 
-def free_names(source: str) -> set[str]:
-    """Names that a source takes from its globals without ever binding them there."""
-    top = symtable.symtable(source, "<tests>", "exec")
-    bound = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    used, tables = set(), [top]
-    while tables:
-        table = tables.pop()
-        tables += table.get_children()
-        for symbol in table.get_symbols():
-            if symbol.is_declared_global() and symbol.is_assigned():
-                bound.add(symbol.get_name())
-            if symbol.is_referenced() and (table is top or symbol.is_global()):
-                used.add(symbol.get_name())
-    return used - bound
+def dataclass_functions(peer: channel.Peer) -> None:
+    """Functions that look inside a dataclass work on the program's, on its side."""
+
+    def there(name: str, here):
+        def function(thing, *arguments, **named):
+            if remote.is_remote(thing):
+                return peer.ask("dataclass", thing, name, *arguments, **named)
+            return here(thing, *arguments, **named)
+
+        return function
+
+    for name in ("asdict", "astuple", "fields", "is_dataclass", "replace"):
+        setattr(dataclasses, name, there(name, getattr(dataclasses, name)))
 
 
-def put_back(original, changed) -> None:
-    """Make a mutable argument what the call left."""
-    if type(original) is not type(changed):
-        return
-    if isinstance(original, list | bytearray):
-        original[:] = changed
-    elif isinstance(original, dict | set):
-        original.clear()
-        original.update(changed)
+class UnitTests:
+    """The test cases in tests, which count also where the tests do not look at their result, or start none."""
+
+    def __init__(self):
+        self.started: set[type] = set()
+        self.failures: list[BaseException] = []
+        for name in ("startTest", "addError", "addFailure", "addSubTest", "addUnexpectedSuccess"):
+            setattr(unittest.TestResult, name, self.watched(getattr(unittest.TestResult, name)))
+
+    def watched(self, method):
+        def watched(result, case, *arguments):
+            if method.__name__ == "startTest":
+                self.started.add(type(case))
+            elif method.__name__ == "addUnexpectedSuccess":
+                self.failures.append(AssertionError(f"an unexpected success: {case}"))
+            elif arguments[-1] is not None:
+                self.failures.append(arguments[-1][1])
+            return method(result, case, *arguments)
+
+        return watched
+
+    def run_the_rest(self, tests: types.ModuleType) -> None:
+        for case in [*vars(tests).values()]:
+            if isinstance(case, type) and issubclass(case, unittest.TestCase) and case.__module__ == "__main__":
+                if case not in self.started:
+                    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
 
 
-class MutableCall:
-    """A function of the program's that may change its arguments, and does so here too."""
-
-    def __init__(self, function: channel.Remote):
-        self.function = function
-
-    def __call__(self, *arguments, **named):
-        peer = self.function._trl_peer
-        result, changed, changed_named = peer.ask("call_and_show", self.function, arguments, named)
-        for original, after in zip(arguments, changed, strict=True):
-            put_back(original, after)
-        for name, original in named.items():
-            put_back(original, changed_named[name])
-        return result
+def call_tests(tests: types.ModuleType, uncalled: list[str], peer: channel.Peer) -> None:
+    """As pytest does: functions `test..`, and those of classes `Test..`, each on an instance of its own."""
+    for name in uncalled:
+        test = vars(tests).get(name)
+        for member in (
+            [name] if not isinstance(test, type) else [each for each in dir(test) if each.startswith("test")]
+        ):
+            if not isinstance(test, type):
+                function = test
+            elif issubclass(test, unittest.TestCase):
+                continue
+            else:
+                instance = test()
+                getattr(instance, "setup_method", lambda: None)()
+                function = getattr(instance, member)
+            if function is None or not callable(function):
+                continue
+            if inspect.signature(function).parameters:
+                peer.refuse(f"a test with arguments that nothing calls (`{member}`)")
+            if inspect.iscoroutine(result := function()):
+                asyncio.run(result)
 
 
 def check(job: dict, peer: channel.Peer) -> dict:
-    """Load the program, run the tests on it: `{"passed": bool, "reason": str}`, or `{"broken": str}` for bad tests."""
+    """
+    Load the program, run the tests on it: `{"passed": bool, "reason": str, "unsupported": str}`, or `{"broken": str}`
+    for tests that are no Python.
+    """
+    source = job["tests"]
     try:
-        code = compile(job["tests"], "<tests>", "exec", dont_inherit=True)
-        wanted = free_names(job["tests"])
+        code = compile(source, "<tests>", "exec", dont_inherit=True)
+        wanted, imported = names.entry_points(source, job["entry"])
+        uncalled = names.uncalled_tests(source)
     except (SyntaxError, ValueError) as error:
         return {"broken": f"{type(error).__name__}: {error}"}
-    builtins = vars(sys.modules["builtins"])
-    tests = types.ModuleType("tests")
-    sys.modules["tests"] = tests
     try:
         peer.ask("load", job["program"])
-        wanted = [name for name in sorted(wanted) if name not in builtins or name in job["entry"]]
-        found = peer.ask("names", wanted)
-        for name in wanted:
-            if name in found:
-                value = found[name]
-                if name in channel.MODULES and name not in job["entry"]:
-                    value = importlib.import_module(
-                        name
-                    )  # the program may have imported it; what it is, it cannot say
-                if job["mutable_arguments"] and type(value) is channel.Remote:
-                    value = MutableCall(value)
-                setattr(tests, name, value)
-        exec(code, vars(tests))
-    except channel.Lost as error:
-        return {"passed": False, "reason": str(error)}
     except BaseException as error:
-        reason = describe(error, job["tests"])
-        return {"passed": False, "reason": peer.lost or reason}
-    return {"passed": not peer.lost, "reason": peer.lost or "passed"}
+        return verdict(peer, describe(error, source), "")
+    tests = types.ModuleType("__main__")
+    sys.modules["__main__"] = tests
+    peer.shows_arguments = job["mutable_arguments"]
+    cases = UnitTests()
+    dataclass_functions(peer)
+    try:
+        vars(tests).update({name: sys.modules[name] for name in imported if name in sys.modules})
+        vars(tests).update(peer.ask("names", wanted))
+        peer.asked = 0
+        try:
+            exec(code, vars(tests))
+        except SystemExit as error:  # of `unittest.main()`; one of the program's is a failure
+            if not cases.failures and (
+                error.code not in (None, 0, False) or any(error is each for each in peer.exits)
+            ):
+                raise
+        cases.run_the_rest(tests)
+        call_tests(tests, uncalled, peer)
+        if cases.failures:
+            raise cases.failures[0]
+    except (channel.Lost, channel.Unsupported):
+        pass
+    except BaseException as error:
+        return verdict(peer, describe(error, source), fault_of_tests(error, source, wanted) or peer.doubts)
+    if not peer.lost and not peer.asked and ("def " in source or "class " in source):
+        unused = "the tests ended without using the program"
+        return verdict(peer, unused, "nothing calls the functions that the tests define")
+    return verdict(peer, "", "")
+
+
+def verdict(peer: channel.Peer, failure: str, doubts: str) -> dict:
+    unsupported = peer.unsupported or ("" if peer.lost else doubts)
+    reason = peer.lost or failure or "passed"
+    if unsupported:
+        reason = f"unsupported: {unsupported}" + (f" ({failure})" if failure else "")
+    return {
+        "passed": not (failure or peer.lost),
+        "reason": reason[:MAX_REASON],
+        "unsupported": unsupported[:MAX_REASON],
+    }
+
+
+def fault_of_tests(error: BaseException, source: str, wanted: list[str]) -> str:
+    """What the tests use that is not there, where that is not the program's to define."""
+    step = error.__traceback__
+    while step.tb_next is not None:
+        step = step.tb_next
+    where = step.tb_frame.f_code.co_filename
+    if isinstance(error, NameError) and where == "<tests>" and error.name not in (None, *wanted):
+        return f"the tests use `{error.name}`, which they do not define and which is no entry point"
+    if isinstance(error, ModuleNotFoundError) and where == "<tests>":
+        return f"the tests import `{error.name}`, which is not there"
+    if isinstance(error, OSError) and where != channel.__file__:
+        return "the tests use files, sockets or processes, which they cannot reach either"
+    if own := OWN_PROCESS.search(source):
+        return f"the tests change their own process (`{own.group(1)}`), and the program runs in another one"
+    return ""
 
 
 def describe(error: BaseException, tests: str) -> str:
@@ -205,7 +318,7 @@ def describe(error: BaseException, tests: str) -> str:
 
 def checker(job_file: int, file: int, alive: int) -> None:  # `alive` is held open, no more
     job = json.loads(worker_pool.read_job(job_file)[LIMITS.size :])
-    verdict = json.dumps(check(job, channel.Peer(file, channel.tests_allow))).encode()
+    verdict = json.dumps(check(job, channel.Peer(file, channel.tests_allow, True))).encode()
     worker_pool.write_result(job_file, verdict)
 
 
@@ -236,11 +349,11 @@ def cpu_time(process: int) -> float:
         return 0.0
 
 
-def judge(job_file: int, pool: socket.socket, backend: str, around_fork, base: int) -> dict:
+def judge(job_file: int, pool: socket.socket, backend: str, around_fork, base: int, watch: isolation.Watch) -> dict:
     """Have one program checked. Returns how that ended; the verdict is in the job's file."""
     cpu_limit, wall_limit, memory = LIMITS.unpack(os.pread(job_file, LIMITS.size, worker_pool.HEADER.size))
     limits = {"backend": backend, "cpu_seconds": cpu_limit, "address_space": base + memory}
-    deadline = time.monotonic() + wall_limit
+    started = time.monotonic()
     files = [*(end.detach() for end in socket.socketpair()), *os.pipe()]
     ours, theirs, done, alive = files  # `alive` closes when the checker ends
     processes, ended = [], ""
@@ -255,17 +368,23 @@ def judge(job_file: int, pool: socket.socket, backend: str, around_fork, base: i
         poll = select.poll()
         poll.register(done, select.POLLIN)
         poll.register(pool, select.POLLIN)
+        patience = 0.02  # seconds; most programs end before anybody looks
         while not ended:
             cpu_left = cpu_limit - max(map(cpu_time, processes))
-            wall_left = deadline - time.monotonic()
-            if wall_left <= 0:
-                ended = f"wall-clock limit of {wall_limit:g} s"
-            elif cpu_left <= 0:
+            passed = time.monotonic() - started
+            # On a busy machine a program waits for its turn: that is no time of its own, up to a point.
+            wall_left = wall_limit - max(passed - sum(map(watch.waiting, processes)), passed / MAX_STRETCH)
+            if cpu_left <= 0:
                 ended = f"CPU time limit of {cpu_limit:g} s"
-            elif ready := poll.poll(max(1.0, 1000 * min(cpu_left, wall_left))):
+            elif wall_left <= 0:
+                ended = f"wall-clock limit of {wall_limit:g} s"
+            elif watch.threads(processes[0]) > isolation.MAX_THREADS:
+                ended = f"limit of {isolation.MAX_THREADS} threads"
+            elif ready := poll.poll(max(1.0, 1000 * min(cpu_left, wall_left, patience))):
                 if any(file == done for file, _ in ready):
                     break
                 ended = "the pool is gone"
+            patience = min(2 * patience, 0.2)
     finally:
         status = 0
         for process in processes:
@@ -283,15 +402,17 @@ def judge(job_file: int, pool: socket.socket, backend: str, around_fork, base: i
 
 
 def main() -> None:
-    backend, packages, paths, file = sys.argv[1], sys.argv[2].split(), json.loads(sys.argv[3]), int(sys.argv[4])
-    pool = socket.socket(fileno=file)
-    os.set_inheritable(file, False)
+    _, backend, packages, paths, file = sys.argv[1:]
+    pool = socket.socket(fileno=int(file))
+    os.set_inheritable(int(file), False)
     try:
-        sys.path += paths
-        load_modules(packages)
-        plain_interpreter()
+        left = leave_paths_behind()
+        sys.path += map(nameless, json.loads(paths))
+        load_modules(packages.split())
+        plain_interpreter(left)
         base = isolation.memory_in_use()
         around_fork = isolation.enter(backend)
+        watch = isolation.Watch(backend)
     except Exception as error:
         pool.sendall(f"{type(error).__name__}: {error}\n".encode())
         return
@@ -300,10 +421,6 @@ def main() -> None:
         _, files, _, _ = socket.recv_fds(pool, 1, 1)
         if not files:
             return
-        ended = judge(files[0], pool, backend, around_fork, base)
+        ended = judge(files[0], pool, backend, around_fork, base, watch)
         os.close(files[0])
         pool.sendall(json.dumps(ended).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    main()

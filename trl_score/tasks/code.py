@@ -1,15 +1,19 @@
 """MBPP, HumanEval and offline repair, graded by their tests in a sandbox (Section 6, Appendix C)."""
 
 import ast
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 from datasets import Dataset
 
-from ..sandbox import Sandbox, Submission
+from ..sandbox import Sandbox, Submission, Verdict, undefined_names
+from ..sandbox.names import free_names
 from . import sources
 from .base import Task, text_of
 from .programs import extract_program
 
+
+logger = logging.getLogger(__name__)
 
 # Kumar et al. 2024, Appendix C, word for word.
 PROMPT = (
@@ -32,10 +36,35 @@ HUMANEVAL_PROMPT = (
 
 
 def names_used(reference: str, tests: str) -> list[str]:
-    """What the tests use of a reference program: its functions and classes by name."""
-    defined = [node.name for node in ast.parse(reference).body if hasattr(node, "name")]
+    """What the tests use of a reference program: its functions, classes and variables by name."""
+    defined = []
+    for node in ast.parse(reference).body:
+        targets = [*getattr(node, "targets", []), *([node.target] if isinstance(node, ast.AnnAssign) else [])]
+        defined += [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+        defined += [node.name] if hasattr(node, "name") else []
     used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
     return [name for name in dict.fromkeys(defined) if name in used]
+
+
+def with_imports(reference: str, tests: str) -> str:
+    """
+    Tests that use a module which only the reference program imports, with that import: a name that is no entry point never
+    comes from the program under test.
+
+    Example:
+    ```python
+    >>> with_imports("import sys\ndef size(x): return sys.getsizeof(x)", "assert size(1) == sys.getsizeof(1)")
+    'import sys\nassert size(1) == sys.getsizeof(1)'
+    ```
+    """
+    missing = free_names(tests)
+    imports = []
+    for node in ast.parse(reference).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            kept = [name for name in node.names if (name.asname or name.name).partition(".")[0] in missing]
+            node.names = kept
+            imports += [ast.unparse(node)] if kept else []
+    return "\n".join([*imports, tests])
 
 
 def one_assert_each(tests: str) -> list[str]:
@@ -58,6 +87,9 @@ def one_assert_each(tests: str) -> list[str]:
     return ["\n".join(map(ast.unparse, each)) for each in kept] or [tests]
 
 
+Runner = Callable[[Sequence[Submission]], Sequence[Verdict]]
+
+
 class CodeTask(Task):
     """
     Programs that have to pass tests. Subclass it and write `rows` for problems of your own.
@@ -67,6 +99,10 @@ class CodeTask(Task):
             Folder with the rows as JSON lines (docs/tasks.md). By default, they come from the Hub.
         sandbox (`Sandbox`, *optional*):
             Where the programs run. By default, the best that this machine allows.
+        runner (`Callable[[Sequence[Submission]], Sequence[Verdict]]`, *optional*):
+            A function that runs programs against their tests in place of the sandbox, such as one that asks a service or a
+            container: one [`Verdict`] per [`Submission`], in their order. It answers for what the programs do, so no
+            consent is asked for. See docs/sandbox.md.
         allow_code_execution (`bool`, *optional*):
             Consent to running what a model wrote; see [`Sandbox`].
         fractional_reward (`bool`, *optional*, defaults to `False`):
@@ -76,6 +112,7 @@ class CodeTask(Task):
 
     Raises:
         `PermissionError`: Without consent.
+        `ValueError`: With both a sandbox and a runner.
     """
 
     correction_instruction = CORRECTION_INSTRUCTION
@@ -86,16 +123,24 @@ class CodeTask(Task):
         data_dir: str | None = None,
         *,
         sandbox: Sandbox | None = None,
+        runner: Runner | None = None,
         allow_code_execution: bool | None = None,
         fractional_reward: bool = False,
     ):
+        if sandbox is not None and runner is not None:
+            raise ValueError("`sandbox` and `runner` both say where programs run. Pass one of them.")
         self.data_dir, self.fractional_reward = data_dir, fractional_reward
-        self.sandbox = sandbox or Sandbox(allow_code_execution=allow_code_execution)
+        self.sandbox = sandbox
+        if runner is None and sandbox is None:
+            self.sandbox = Sandbox(allow_code_execution=allow_code_execution)
+        self.runner = runner or self.sandbox.run
+        self._reported: set[str] = set()
 
     def rows(self, split: str) -> list[dict]:
         """
-        Rows with `prompt` (chat messages), `tests` (source), `names` (what the tests use of the program) and `context`
-        (the start of the program, if the prompt gives one, else "").
+        Rows with `prompt` (chat messages), `tests` (source), `names` (what the tests use of the program: nothing else comes
+        from it) and `context` (the start of the program, if the prompt gives one, else ""). With `mutable_arguments`, also
+        optional, a row says whether changes that a program makes to its arguments reach the tests.
         """
         raise NotImplementedError
 
@@ -104,12 +149,20 @@ class CodeTask(Task):
         Rows `{prompt, tests, names, context, ..}`; see [`Task.load`].
 
         Raises:
-            `ValueError`: If there is no such split.
+            `ValueError`: If there is no such split, or the tests of a row use a name that nothing defines.
             `OSError`: If the rows cannot be had.
         """
         if split not in self.splits:
             raise ValueError(f"Unknown split {split!r} of '{self.name}'. Expected one of: {sorted(self.splits)}.")
-        return Dataset.from_list(self.rows(split))
+        rows = self.rows(split)
+        for number, row in enumerate(rows):
+            if missing := undefined_names(row["tests"]) - set(row["names"]):
+                raise ValueError(
+                    f"Row {number} of '{self.name}': its tests use {sorted(missing)}, which they do not define and which are "
+                    "not among its `names`. Only `names` come from the program. Add them there if the program has to define "
+                    f"them; otherwise import or define them in the tests:\n{row['tests'][:500]}"
+                )
+        return Dataset.from_list(rows)
 
     splits: Sequence[str] = ("train", "test")
 
@@ -117,17 +170,49 @@ class CodeTask(Task):
         return sources.from_hub(name) if self.data_dir is None else sources.from_folder(name, self.data_dir)
 
     def reward(
-        self, completions: list, tests: list[str], names: list[list[str]], context: list[str], **kwargs
+        self,
+        completions: list,
+        tests: list[str],
+        names: list[list[str]],
+        context: list[str],
+        mutable_arguments: list[bool] | None = None,
+        **kwargs,
     ) -> list[float]:
         """1.0 if the attempt's program passes all of the tests, else 0.0 or their share; see [`Task.reward`]."""
         parts = [one_assert_each(test) if self.fractional_reward else [test] for test in tests]
+        mutable = mutable_arguments or [False] * len(tests)
         submissions = [
-            Submission(extract_program(text_of(completion), list(used), start), test, tuple(used))
-            for completion, several, used, start in zip(completions, parts, names, context, strict=True)
+            Submission(extract_program(text_of(completion), list(used), start), test, tuple(used), bool(changes))
+            for completion, several, used, start, changes in zip(
+                completions, parts, names, context, mutable, strict=True
+            )
             for test in several
         ]
-        passed = iter([verdict.passed for verdict in self.sandbox.run(submissions)])
+        passed = iter([verdict.passed for verdict in self.verdicts(submissions)])
         return [sum(next(passed) for _ in several) / len(several) for several in parts]
+
+    def verdicts(self, submissions: list[Submission]) -> list[Verdict]:
+        """
+        The runner's verdicts. What it cannot do for the tests is logged, each reason once: such a program gets no reward,
+        and may be right.
+
+        Raises:
+            `TypeError`: If the runner returns no list of verdicts, one per submission.
+        """
+        verdicts = list(self.runner(submissions))
+        if len(verdicts) != len(submissions) or not all(isinstance(verdict, Verdict) for verdict in verdicts):
+            raise TypeError(
+                f"A runner returns one `Verdict` per submission, in their order. This one got {len(submissions)} submissions "
+                f"and returned {len(verdicts)} values of {sorted({type(each).__name__ for each in verdicts})}."
+            )
+        for verdict, submission in zip(verdicts, submissions, strict=True):
+            if verdict.unsupported and verdict.unsupported not in self._reported and len(self._reported) < 100:
+                self._reported.add(verdict.unsupported)
+                logger.warning(
+                    f"A program got no reward for tests that the sandbox does not run as a plain run would: {verdict.reason}. "
+                    f"docs/sandbox.md says what to write in place of it. The tests:\n{submission.tests[:500]}"
+                )
+        return verdicts
 
     def answer(self, text: str, *, names: list[str], context: str, **row) -> str | None:
         """The program; see [`Task.answer`]."""
@@ -135,7 +220,8 @@ class CodeTask(Task):
 
     def close(self) -> None:
         """End the workers of the sandbox."""
-        self.sandbox.close()
+        if self.sandbox is not None:
+            self.sandbox.close()
 
 
 def _unix(text: str) -> str:
@@ -168,7 +254,7 @@ class MBPP(CodeTask):
 
     @staticmethod
     def graded(row: dict, reference: str) -> dict:
-        tests = _unix("\n".join([row["test_setup_code"] or "", *row["test_list"]]))
+        tests = with_imports(_unix(reference), _unix("\n".join([row["test_setup_code"] or "", *row["test_list"]])))
         return {"tests": tests, "names": names_used(_unix(reference), tests), "context": "", "task_id": row["task_id"]}
 
     def rows(self, split: str) -> list[dict]:

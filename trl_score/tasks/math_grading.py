@@ -10,7 +10,6 @@ import importlib.util
 import json
 import logging
 import re
-import resource
 import socket
 import sys
 from functools import lru_cache
@@ -331,6 +330,8 @@ def _is_readable(gold: str) -> bool:
 if __name__ == "__main__":  # a worker: `python math_grading.py MEMORY CHANNEL`, which imports nothing else of ours
     logging.disable()
     is_correct(r"The final answer is $\frac{1}{2}$. I hope it is correct.", "2")  # load and compile what is needed
+    import resource  # not on Windows, where nothing starts a worker
+
     memory, channel = map(int, sys.argv[1:])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     specification = importlib.util.spec_from_file_location("worker_pool", Path(__file__).parents[1] / "worker_pool.py")
