@@ -162,6 +162,17 @@ def test_a_tokenizer_without_an_end_takes_the_models(tmp_path):
     assert evaluate_self_correction(model, "arithmetic", **SMALL).rollouts == expected.rollouts
 
 
+def test_an_adapter_takes_the_end_of_its_base(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    expected = evaluate_self_correction(BASE, "arithmetic", **SMALL)
+    found = evaluate_self_correction(str(tmp_path), "arithmetic", **SMALL)  # the adapter is zero
+    assert [row["attempts"] for row in found.rollouts] == [row["attempts"] for row in expected.rollouts]
+
+
 def test_without_any_end_token_it_is_said(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.eos_token = None

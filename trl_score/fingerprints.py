@@ -70,18 +70,34 @@ def of_checkpoint(name: str, **kwargs) -> str:
     Raises:
         `OSError`: If there is no such model.
     """
-    where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    where = hub_arguments(kwargs)
+    folder, base = Path(name, where.get("subfolder", "")), base_of_adapter(name, **where)
+    if folder.is_dir():
+        own = _of_folder(folder)
+    else:
+        file = cached_file(name, "config.json" if base is None else "adapter_config.json", **where)
+        own = extract_commit_hash(file, None)
+    chosen = {name: kwargs[name] for name in ("subfolder", "variant", "gguf_file") if kwargs.get(name)}
+    own = " ".join([own, *(f"{name}={value}" for name, value in chosen.items())])
+    if base is None:
+        return own
+    return f"{own} on {of_checkpoint(base, **{name: value for name, value in where.items() if name != 'subfolder'})}"
+
+
+def hub_arguments(kwargs: dict) -> dict:
+    """Those of the arguments of `from_pretrained` that say which files are meant."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
+def base_of_adapter(name: str, **where) -> str | None:
+    """The base model of an adapter; `None` if it is a whole model."""
     folder = Path(name, where.get("subfolder", ""))
     if folder.is_dir():
-        own, adapter = _of_folder(folder), folder / "adapter_config.json"
-        adapter = adapter if adapter.exists() and not (folder / "config.json").exists() else None
+        file = folder / "adapter_config.json"
+        file = file if file.exists() and not (folder / "config.json").exists() else None
     else:
-        adapter = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **where)
-        own = extract_commit_hash(adapter or cached_file(name, "config.json", **where), None)
-    if adapter is None:
-        return own
-    base = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
-    return f"{own} on {of_checkpoint(base, **{name: value for name, value in where.items() if name != 'subfolder'})}"
+        file = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **where)
+    return None if file is None else json.loads(Path(file).read_text("utf-8"))["base_model_name_or_path"]
 
 
 def _of_folder(folder: Path) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 from . import fingerprints
 from .cache import can_reuse_cache, reused_cache
 from .decoding import Decoding, end_token_ids, keep_random_state, neutral_generation, with_end_token
-from .fingerprints import HUB_ARGUMENTS
+from .fingerprints import base_of_adapter, hub_arguments
 from .records import processes
 from .rollout import Bridge, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
 from .tasks.base import text_of
@@ -462,7 +462,7 @@ def load_rendering(
     name: str, tokenizer: PreTrainedTokenizerBase | None, chat_template_kwargs: dict | None, **kwargs
 ) -> tuple[PreTrainedTokenizerBase, dict]:
     """A model's tokenizer, and the arguments of its chat template: the given ones, else those that belong to the model."""
-    where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    where = hub_arguments(kwargs)
     if chat_template_kwargs is None:
         chat_template_kwargs = load_rollout_settings(name, **where).get("chat_template_kwargs", {})
     if tokenizer is None:
@@ -473,10 +473,11 @@ def load_rendering(
 
 def _generation_config(name: str, **kwargs) -> GenerationConfig | None:
     """Of a model that is not loaded; `None` where it has none and its configuration names no end tokens."""
-    where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    where = hub_arguments(kwargs)
+    name = base_of_adapter(name, **where) or name
     try:
         return GenerationConfig.from_pretrained(name, **where)
-    except OSError:  # an adapter, or a model that has no such file
+    except OSError:  # it has no such file
         try:
             code = {"trust_remote_code": True} if kwargs.get("trust_remote_code") else {}
             return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **where, **code))
