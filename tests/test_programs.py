@@ -315,6 +315,8 @@ def test_a_body_is_indented_as_its_signature_wants(text):
         block("# def f(x): return x + 1"),
         block("def f(x):\n    s = \u201ca\u201d\n    return x + 1"),
         f"if True:\n{F}",
+        f"[BEGIN]\n{F}\n```\n[DONE]",  # between marks, the text is the program as it stands
+        f"[BEGIN]\nreturn y\n\n{F}\n[DONE]",
     ],
 )
 def test_a_wrong_program_is_not_mended(text, context):

@@ -185,8 +185,11 @@ def _closing(text: str, start: int, fence: str) -> re.Match | None:
     return next((found for found in FENCE_LINE.finditer(text, start) if found["fence"].startswith(fence)), None)
 
 
-def _segments(text: str) -> list[tuple[bool, str]]:
-    """A text cut at its fences: blocks of Python (`True`), and what stands outside of these."""
+def _segments(text: str, marked: bool = False) -> list[tuple[bool, str]]:
+    """
+    A text cut at its fences: blocks of Python (`True`), and what stands outside of these. A text between marks is itself a
+    block: what it has outside of its own blocks is a program as it stands, or none.
+    """
     segments, outside, position = [], 0, 0
     while found := FENCE.search(text, position):
         position = found.end()
@@ -205,10 +208,10 @@ def _segments(text: str) -> list[tuple[bool, str]]:
         opens = not rest and (own_line or before.rstrip().endswith(":")) and CODE.match(content)
         python = info["python"] or code_here or opens
         between = text[outside : found.start() if own_line else found.start("fence")]
-        if not (segments or python) and CODE.match(
-            between
-        ):  # it closes a block that the prompt, or nobody, has opened
-            segments += [(True, run) for run in _runs(between)]
+        if not (segments or python or marked) and CODE.match(between):
+            segments += [
+                (True, run) for run in _runs(between)
+            ]  # the prompt, or nobody, has opened the block that ends
         segments.append((False, between))
         if python:
             segments.append((True, content))
@@ -220,6 +223,8 @@ def _segments(text: str) -> list[tuple[bool, str]]:
         outside = position = closing.end() if closing else len(text)
         if closing and INFO.match(text[position : (text + "\n").index("\n", position)])["python"]:
             outside = position = closing.start()  # the block was never closed, and the next one starts here
+    if marked:
+        return [(True, text), *(segment for segment in segments if segment[0])]
     return [*segments, (False, text[outside:])]
 
 
@@ -405,7 +410,7 @@ def extract_program(text: str, names: list[str], context: str = "") -> str:
         `str`: A program, or what comes nearest to one: whether it runs is for the sandbox to see.
     """
     parts = _marked(_plain(text))
-    cut = [_segments(part) for part in parts]
+    cut = [*(_segments(part, marked=True) for part in parts[:-1]), _segments(parts[-1])]
     pieces = [_pieces(segments) for segments in cut]
     signatures = [found.start() for found in re.finditer(r"^(?:@.*\n)*(?:async\s+)?def\s", context, re.MULTILINE)]
     signature = signatures[-1] if signatures else len(context)
