@@ -41,7 +41,7 @@ def main():
     if model_args.model_name_or_path is None:
         sys.exit("Which model? Give --model_name_or_path: a Hub id or a folder.")
     task_args.task = task_args.task or "mbpp"
-    task, train_rows, eval_rows = load_task(task_args)
+    task, train_rows, eval_rows = load_task(task_args, model_args)
     names = (task.name, task_args.eval_task)
     train(
         train_rows,

@@ -81,7 +81,7 @@ def main():
     parser = TrlParser((TrainArguments, ScriptArguments, SCoReConfig, ModelConfig))
     task_args, script_args, args, model_args = parser.parse_args_and_config(arguments)
     if task_args.task is not None:
-        task, train_rows, eval_rows = load_task(task_args)
+        task, train_rows, eval_rows = load_task(task_args, model_args)
         if task_args.task == Arithmetic.name and model_args.model_name_or_path is None:
             model_args.model_name_or_path = str(BASE_MODEL_PATH)
         names = (task.name, task_args.eval_task)

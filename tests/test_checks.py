@@ -202,9 +202,18 @@ def test_a_model_object_with_other_layers_than_its_folder_is_refused(make_arithm
     del model.model.layers[1]
     with pytest.raises(ValueError, match="has other weights than its folder"):
         make_arithmetic_trainer({"model": model})
+
+
+@pytest.mark.parametrize("given", ["model", "folder"])
+def test_an_adapter_that_transformers_loaded_is_refused(make_arithmetic_trainer, tmp_path, given):
+    """It is no `PeftModel`, so TRL would not disable it for the reference."""
     model = base_model()
     model.add_adapter(LoraConfig(r=4, **LINEAR))
-    with pytest.raises(ValueError, match="pass an adapter as a `PeftModel` or merge it first"):
+    if given == "folder":
+        model.save_pretrained(tmp_path)
+        model = str(tmp_path)
+        shutil.copytree(BASE_MODEL_PATH, model, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="carries an adapter that transformers loaded into it"):
         make_arithmetic_trainer({"model": model})
 
 

@@ -240,8 +240,7 @@ def copy_weights(model: nn.Module, reference: nn.Module):
         raise ValueError(
             "The given model has other weights than its folder "
             f"('{get_config_model_id(model.config)}') names, so the reference cannot be made from there: layers were added, removed "
-            "or resized, or an adapter was loaded into it by transformers. Save it with `model.save_pretrained` and pass the folder; "
-            "pass an adapter as a `PeftModel` or merge it first."
+            "or resized. Save it with `model.save_pretrained` and pass the folder."
         ) from error
 
 
@@ -301,11 +300,17 @@ def check_start(kl: float, is_float32: bool):
         )
 
 
-def check_trainable(parameters, is_adapter: bool):
-    """Something is trained."""
-    if any(parameter.requires_grad for parameter in parameters):
+def check_trainable(model: nn.Module):
+    """Something is trained, and an adapter is one that can be disabled."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The given model carries an adapter that transformers loaded into it, so there is no model under it to be the reference. "
+            "Load the base model and the adapter as a `PeftModel` (`PeftModel.from_pretrained(base, folder, is_trainable=True)`), or "
+            "merge the adapter first."
+        )
+    if any(parameter.requires_grad for parameter in model.parameters()):
         return
-    if is_adapter:
+    if isinstance(model, PeftModel):
         raise ValueError("The given adapter is frozen, so nothing would be trained. Load it with `is_trainable=True`.")
     raise ValueError(
         "All parameters of the given model are frozen, so nothing would be trained; `merge_and_unload` of PEFT leaves a model so. "

@@ -1,6 +1,8 @@
 """Where attempts come from in an evaluation: transformers, vLLM, or a chat endpoint."""
 
 import json
+import os
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ from functools import cache, partial
 from urllib.parse import urlsplit
 
 import torch
+from accelerate.utils import gather_object
 from huggingface_hub import InferenceClient
 from peft import PeftModel
 from transformers import (
@@ -286,6 +289,11 @@ class VLLMSampler(TokenSampler):
         except ImportError as error:
             raise ImportError("`backend='vllm'` needs vLLM: pip install 'trl-score[vllm]'.") from error
         check_dtype(kwargs)
+        if processes().num_processes > 1:
+            from .checks import check_devices  # here, so that an evaluation does without TRL's trainers
+
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")  # an engine starts on the first of them
+            check_devices(gather_object([f"{platform.node()}, GPU {visible[0]}"]))
         rendering = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
         self._set_tokenizer(*rendering, _generation_config(model, **kwargs))
         self.sampling_params, self.llm = SamplingParams, LLM(model=model, **kwargs)

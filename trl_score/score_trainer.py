@@ -202,7 +202,7 @@ class SCoReTrainer(GRPOTrainer):
         is_sharded = self._dist.is_zero3 or self._dist.is_fsdp
         check_shards(args.reference_model_name_or_path, is_sharded)
         keep_differentiable(self.model)
-        check_trainable(self.model.parameters(), is_peft_model(self.model))
+        check_trainable(self.model)
         self._set_reference(copy_from=None if isinstance(model, str) or is_sharded else self.model)
         if is_peft_model(self.model) and self.beta != 0.0 and not is_sharded:
             check_reference_is_fixed(self.model)

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -13,15 +12,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import ProgressCallback, TrainerCallback
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .callbacks import CollapseAlarm, KeepBestCheckpoint, trackers
 from .collection import with_first_attempts
-from .evaluation import disconnect
 from .metrics import label
+from .records import disconnect, strict_json
 from .score_config import SCoReConfig
 from .score_trainer import SCoReTrainer
 from .tasks import TASKS, Arithmetic, Task, get_task
@@ -177,7 +176,7 @@ def load_tasks(arguments: TaskArguments) -> tuple[Task, Task | None]:
     The task to train on, and the one to evaluate on, if any.
 
     Raises:
-        `SystemExit`: If they cannot be had, with one line that says why.
+        `SystemExit`: If they cannot be loaded, with one line that says why.
     """
     try:
         task = get_task(arguments.task, data_dir=arguments.data_dir)
@@ -191,18 +190,25 @@ def load_tasks(arguments: TaskArguments) -> tuple[Task, Task | None]:
         sys.exit(str(error))
 
 
-def load_task(arguments: TrainArguments) -> tuple[Task, Dataset, Dataset | None]:
+def load_task(
+    arguments: TrainArguments, model_args: ModelConfig | None = None
+) -> tuple[Task, Dataset, Dataset | None]:
     """
-    The task, its problems to train on, and those to evaluate on, if any.
+    The task, its problems to train on, and those to evaluate on, if any. With `model_args`, stored first attempts must be in the
+    tokens of the model.
 
     Raises:
-        `SystemExit`: If they cannot be had, with one line that says why.
+        `SystemExit`: If they cannot be loaded, with one line that says why.
     """
     task, eval_task = load_tasks(arguments)
     try:
         train_rows = first(task.load("train"), arguments.num_train_problems)
         if arguments.first_attempts is not None:
-            train_rows = with_first_attempts(train_rows, arguments.first_attempts, task)
+            tokenizer = None
+            if model_args is not None and model_args.model_name_or_path is not None:
+                where = {"revision": model_args.model_revision}
+                tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **where)
+            train_rows = with_first_attempts(train_rows, arguments.first_attempts, task, tokenizer)
         eval_rows = None if eval_task is None else first(eval_task.load("test"), arguments.num_eval_problems)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(str(error))
@@ -436,7 +442,7 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
         "seed": trainer.args.seed,
         "train_seconds": total,
     }
-    Path(trainer.args.output_dir, "self_correction.json").write_text(json.dumps(numbers, indent=2))
+    Path(trainer.args.output_dir, "self_correction.json").write_text(strict_json(numbers))
     print(f"Model, metrics and model card: {Path(trainer.args.output_dir).resolve()}")
 
 
@@ -481,7 +487,7 @@ def main() -> None:
         model_args.model_name_or_path = str(BASE_MODEL_PATH)
         # `accelerate launch` leaves a process on a CPU one thread.
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("WORLD_SIZE", "1"))))
-    task, train_rows, eval_rows = load_task(task_args)
+    task, train_rows, eval_rows = load_task(task_args, model_args)
     names = (task.name, task_args.eval_task)
     instruction, callbacks = task.correction_instruction, task_args.callbacks()
     train(train_rows, eval_rows, task.reward, args, model_args, instruction, *names, callbacks=callbacks)
