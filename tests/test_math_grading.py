@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from trl_score.tasks import GSM8K, Math
 from trl_score.tasks.math import MathTask
@@ -53,7 +54,18 @@ def grader():
         (r"\boxed12 is it", "12"),
         ("It is 5. Final Answer: The final answer is $$. I hope it is correct.", ""),
         ("The answer is 3 or 4.", "3 or 4"),
-        ("The answer is 3.", None),
+        ("The answer is 3.", "3"),
+        ("The answer is 3, because 1 + 2 = 3.", "3"),
+        ("**Answer:** $3$", "3"),
+        ("He has 3 apples and 4 pears.\nA: 7", "7"),
+        ('{"reasoning": "1 + 2", "answer": "3"}', "3"),
+        ("Hence $x < 2$ is our answer.", "x < 2"),
+        ("So we add.\n\n3 apples", "3 apples"),
+        ("We get\n\\[ x = 3 \\]", "x = 3"),
+        (r"The answer is 4. No. It is \boxed{3}. The answer is clear.", "3"),
+        (r"\boxed{4}. Wait. The answer is 3.", "3"),
+        (r"The answer is \boxed{4}. It is not \boxed{5}.", "4"),
+        (r"<think>\boxed{5}</think> I do not know", None),
         ("I do not know", None),
         ("", None),
     ],
@@ -74,14 +86,14 @@ RIGHT = [
     ("(C)", r"\text{(C)}"), ("2^{10}", "1024"), (r"x\in(-\infty,5]", r"(-\infty,5]"), (r"\sqrt{8}", r"2\sqrt{2}"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("5:15", r"\text{5:15}"),
     (r"5:15 \text{ P.M.}", r"\text{5:15 p.m.}"), ("41_5", "41_5"), ("41", "41_5"), ("7.", "7"), ("0.3333333", r"\frac{1}{3}"),
-    ("Each of them needs at least 101 stamps", "101"), ("12 345", "12345"), ("x=12,345", "12345"), ("2 3/4", "2.75"), (r"2\text{ m/s}^2", "2"),
+    ("Each of them needs 101 stamps", "101"), ("12 345", "12345"), ("x=12,345", "12345"), ("2 3/4", "2.75"), (r"2\text{ m/s}^2", "2"),
     ("$12$ dollars", "12"), ("12 m", "12"), ("€12", "12"), ("90°", "90"), (r"\text{12 cm}", "12"), ("4t", "4 t"),
     ("a + b + c", "c+b+a"), ("2+3i", "3 i + 2"), (r"1-\frac{1}{\mathrm{e}}", r"1-\frac{1}{e}"), ("3(4)", "12"),
     ("p(3) = 10", "10"), ("2+2=4", "4"), (r"x=3 \quad \text{or} \quad x=4", "3, 4"), ("x>4", r"(4,\infty)"),
     (r"\varnothing", r"\emptyset"), ("2^{-98}", r"\frac{1}{2^{98}}"), ("A, C", r"\text{A,C}"),
 ]  # fmt: skip
 WRONG = [
-    ("6", "5"), ("3 or 4", "3"), (r"3 \text{ or } 4", "4"), ("3, 4", "3"), (r"3 \pm 1", "4"), ("it is 3, or perhaps 4", "4"),
+    ("6", "5"), ("Each of them needs at least 101 stamps", "101"), ("3 or 4", "3"), (r"3 \text{ or } 4", "4"), ("3, 4", "3"), (r"3 \pm 1", "4"), ("it is 3, or perhaps 4", "4"),
     ("x=3 or x=4", "4"), ("y=5", "x=5"), ("x", "4"), ("4x", "4"), ("", "0"), (r"\text{}", "0"), (r"4 \neq 5", "5"),
     ("x > 4", "4"), ("0.33", r"\frac{1}{3}"), (r"\infty", r"-\infty"), ("3.14", r"\pi"), ("(2,1)", "(1,2)"), ("(1,2)", "[1,2]"),
     (r"\text{red}", r"\text{blue}"), ("(B)", r"\text{(C)}"), ("5", "5{:}15"), (r"5:15 \text{ a.m.}", r"\text{5:15 p.m.}"),
@@ -120,9 +132,125 @@ def test_no_separator_makes_one_answer_of_two():
     assert not scored
 
 
-def test_a_text_that_states_no_answer_is_read_by_math_verify():
-    assert is_correct("He has 3 apples and 4 pears.\nA: 7", "7") and not is_correct("A: 7", "8")
-    assert is_correct("The answer is $\\frac{3}{4}$.", "0.75")
+NOTHING_STATED = [
+    ("I do not know. There are 3 unknowns.", "3"), ("1. First, let us", "1"), ("The answer is 4. It is not $5$.", "5"),
+    ("So we get $x = 5", "5"), (r"The answer is $\frac{1}{2", r"\frac{1}{2}"), (r"The answer is \boxed{5", "5"), ("The answer is $5 +", "5"),
+    ("5 5 5 5 5 5", "5"), ("5\n5\n5\n5", "5"), ("1\n2\n3\n4\n5", "5"), ("1. Let x be\n2.", "2"), ("- 4\n- 5", "5"), ("Step 5:", "5"),
+    ("x = 3\nx = 5", "5"), ("(A)\n(B)\n(C)", r"\text{(C)}"), ("So 2 + 3 = 5 and we go on with", "5"), ("x = 5 or x = 6, hmm", "5"),
+    ("Is the answer 5? I do not know.", "5"), ("the answer is 5? no.", "5"), ("The answer is not 5.", "5"), ("I don't think the answer is 5.", "5"),
+    (r"It cannot be \boxed{5}.", "5"), (r"The answer isn't \boxed{5}", "5"), (r"\boxed{5} is wrong.", "5"), (r"\boxed{5} is not the answer.", "5"),
+    ("The answer is 4 or 5.", "5"), ("The answer is one of 3, 4, 5.", "5"), (r"\boxed{4} or 5", "4"), (r"either 4 or \boxed{5}", "5"),
+    (r"\boxed{5}\boxed{6}", "6"), ("The answer is 5. The answer is 6.", "5"), ("#### 5\n#### 6", "5"), ("The answer is 5, 6, or 7", "5"),
+    ("The final answer is $$. I hope it is correct. 5", "5"), ("The answer is 5 if n is even and 6 if n is odd", "5"), ("$5$ $6$", "6"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "gold"), NOTHING_STATED)
+def test_a_text_that_does_not_state_the_answer_gets_nothing_for_its_numbers(text, gold):
+    assert not is_correct(text, gold)
+
+
+FREE = {  # what is not the gold answer, though its number is in it: (gold, answers)
+    "unsolved equations": [("6", ["3x=6", "x+1=6", "x^2=6", r"\sqrt{x}=6", "x/2=6", "-x=6", "|x|=6", r"\ln x = 6", "2a+b=6", "4=6"]),
+                           ("x=6", ["2x=12", "y=6", "x^2=36"]), (r"(-\infty,2)", ["2x+3<7", "2x<4"])],
+    "number words": [("5", ["5 million", r"5\text{ thousand}", r"\$5 \text{ billion}", "5 dozen", "5 hundred", "5 hundredths", "5 thirds",
+                            "5 squared", "5 and a half", "5-million", r"5\ \mathrm{thousand}"])],
+    "relations": [("5", ["less than 5", "half of 5", "at least 5", "not 5", "twice 5", "almost 5", "up to 5", "5 or more", "a multiple of 5",
+                         "the square root of 5", "negative 5", "5 more than x", "between 4 and 6", "from 1 to 5", "5 out of 6", "next to 5",
+                         "one less than 5", r"\text{less than } 5", r"\le 5", "<5", "10 percent of 50", "5 if x>0", "everything but 5"])],
+    "lists for pairs": [("(1,2)", ["1,2", r"\{1,2\}", "1 and 2", "2,1", "[1,2]"]), ("[1,2]", ["1,2", r"\{1,2\}", "(1,2)"]),
+                        ("1,2", ["(1,2)", "[1,2]"]), ("(1,2,3)", ["1,2,3", "((1,2),3)"])],
+    "repetitions": [("5", ["5,5", "5, 5, 5", "5 and 5", r"\{5,5\}", "5;5"]), ("1,2", ["1,1,2"])],
+    "prefixes": [("0", ["0x10", "0b10", "0x0", "0y5"])],
+    "ellipses": [("1,5", [r"1,2,\ldots,5", "1, ..., 5", r"1,\dots,5"]), ("5", ["...5", r"5,\ldots", "5, …"]), ("1,2", [r"1,2,\cdots", r"\{1,2,\ldots\}"])],
+    "two numbers": [("5", ["5 or 6", "5 +- 1", "5!", "5–6", "5 to 6", "5 vs 6", "5'", "5 mod 6 + 1", "5_6 7"]), ("6", [r"5\pm 1", "5 or 6", "5 = 6"])],
+    "rounding": [(r"\frac13", ["0.3333", "0.33334"]), (r"\pi", ["3.14", "3.1417"]), (r"\sqrt2", ["1.4143"]), ("10000", ["10001"]), ("123456", ["123456.5"])],
+    "notation": [(r"0.\overline{3}", ["0.3"]), ("101_2", ["101_3"]), (r"3\pmod 7", [r"3\pmod 5"]), ("5:15 p.m.", ["5:15 a.m.", "5:15"]), ("5", ["5 p.m."])],
+}  # fmt: skip
+WITHHELD = {  # the gold answer in other forms
+    "solved equations": [("6", ["x=6", "f(2)=6", "a+b=6", "AB=6", r"\angle ABC = 6^\circ", r"\text{Area}=6", "x = 2+4 = 6", "6=x", "a_{10}=6"]),
+                         ("(1,2)", ["(x,y)=(1,2)", "x=1, y=2"])],
+    "equal equations": [("x+y=1", ["2x+2y=2", "y=1-x", "x+y-1=0", "1=y+x"]), ("6x-4y=12", ["3x-2y=6"]), ("y=2x+3", ["y-2x=3", "2x+3=y"])],
+    "number words": [("5000000", ["5 million", r"5\text{ million}", r"\$5 \text{ million}", "5 million dollars"]), ("60", ["5 dozen"]), ("4", ["four", r"\mbox{four}"])],
+    "functions": [("3", [r"\log_2 8", r"\log_2(8)", "log_2(8)", r"\log_{2}8"]), (r"\frac12", [r"\sin 30^\circ", "cos(60°)", "sin(pi/6)"]), (r"\ln x", ["ln(x)", "ln x"]),
+                  (r"\frac{\pi}{2}", ["pi/2", "π/2"]), (r"2\sqrt{3}", ["2sqrt(3)", "2*sqrt(3)", "2√3", r"\sqrt{12}"]), (r"\sqrt{x+1}", ["sqrt(x+1)"]),
+                  (r"\arctan x", ["arctan(x)", "atan(x)", r"\operatorname{arctan}(x)"]), ("e^{-x}", ["e^(-x)", "exp(-x)"])],
+    "units": [("5", [r"5\,\text{cm}", "5~cm", r"5\,\mathrm{cm}^2", "5\u2009cm", r"5\,\frac{\text{m}}{\text{s}}", r"5 \mathrm{~cm}", "5%", r"5\,\%", "5 sq. ft"]),
+              ("10", ["10 m/s", "10 km/h", "10 ft/s^2", "10 square feet", r"10\text{ m}/\text{s}", "10°C", "10 USD", "10 lbs.", "10cents", "10 L"]), (r"3\pi", ["3pi square units"])],
+    "subscripts": [("x_1^2", ["x^2_1", "x^{2}_{1}", "x_{1}^2"]), ("a_1+a_2", ["a_2+a_1"])],
+    "repeating decimals": [(r"\frac13", [r"0.\overline{3}", r"0.\bar{3}", r"0.\dot{3}", "0.(3)", "0.333...", r".\overline{3}"]), (r"\frac16", [r"0.1\overline{6}"]), (r"0.\overline{3}", [r"\frac13"])],
+    "imaginary unit": [("-1", ["i^2", r"e^{i\pi}"]), ("i-1", ["i(1+i)"]), ("2i", ["(1+i)^2"]), ("-i", ["i^3", "1/i"])],
+    "five digits": [(r"\frac13", ["0.33333"]), (r"\frac23", ["0.66667", "0.66666"]), (r"\pi", ["3.1416", "3.14159"]), (r"\frac16", ["0.16667"]), (r"(\frac13,1)", ["(0.33333,1)"])],
+    "moduli": [("3", [r"3\pmod{7}", r"x\equiv 3\pmod{7}", "3 (mod 7)", r"x \equiv 3 \bmod 7"]), (r"3\pmod 7", ["3", r"n\equiv3\pmod{7}"])],
+    "powers of ten": [("5000", ["5e3", "5E3", r"5\times10^3", "5 x 10^3"]), ("0.001", ["1e-3", "10⁻³"])],
+    "dashes": [("-5", ["–5", "−5", "—5"]), ("x-3", ["x – 3"])],
+    "inequalities": [(r"(-\infty,-1] \cup [1,\infty)", [r"x\le -1 \text{ or } x\ge 1", "x<=-1 or x>=1"]), ("(1,2)", ["1<x<2", "2>x>1", "x>1 and x<2"]), (r"[4,\infty)", ["x≥4", r"\{x \mid x \ge 4\}"]),
+                     ("1<x<2", ["(1,2)"]), (r"(-\infty,\infty)", [r"\mathbb{R}", r"\text{all real numbers}"])],
+    "clock times": [(r"5 \text{ p.m.}", ["5 p.m.", "5pm", "5:00 PM", r"5\text{ pm}"]), (r"5:15 \text{ p.m.}", ["5:15 pm", r"5\!:\!15\,\text{p.m.}"])],
+    "numbers": [("2.5", ["2½", "2 1/2", r"2\frac12", "5/2"]), ("1234567", ["1 234 567", r"1,\!234,567"]), ("7", [r"\text{7}", r"\mathbf{7}", "7.0", r"7\,"])],
+    "lists": [("1,2", ["2 and 1", r"\{2,1\}", "x=1 or x=2"]), (r"\frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}", [r"\frac{1\pm\sqrt5}{2}"]), (r"\text{A,C}", ["A and C"]), ("2:3", ["2 to 3"])],
+    "bases": [("101_2", ["101_{2}", r"101_{\text{two}}", "101 base 2"])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FREE)
+def test_an_answer_that_only_contains_the_number_gets_nothing(kind):
+    attempts = [
+        (form, gold)
+        for gold, answers in FREE[kind]
+        for answer in answers
+        for form in (final(answer), rf"\boxed{{{answer}}}")
+    ]
+    assert [attempt for attempt in attempts if is_correct(*attempt)] == []
+
+
+@pytest.mark.parametrize("kind", WITHHELD)
+def test_the_gold_answer_is_right_in_every_form(kind):
+    attempts = [
+        (form, gold)
+        for gold, answers in WITHHELD[kind]
+        for answer in answers
+        for form in (final(answer), rf"\boxed{{{answer}}}")
+    ]
+    assert [attempt for attempt in attempts if not is_correct(*attempt)] == []
+
+
+REPEATED = [  # problem, gold, answers that only repeat the problem, answers that do not
+    (r"Simplify $\sqrt{1331}$.", r"11\sqrt{11}", [r"\sqrt{1331}", r"\sqrt {1331}", r"\left(\sqrt{1331}\right)", r"x=\sqrt{1331}", "sqrt(1331)", "√1331",
+     r"1\cdot\sqrt{1331}", r"\sqrt{1331}\text{ cm}", r"\displaystyle\sqrt{1331}", r"\sqrt[2]{1331}"], [r"11\sqrt{11}", r"\sqrt{11}\cdot 11", r"\sqrt{1331}=11\sqrt{11}"]),
+    (r"Simplify $\frac{6}{8}$.", r"\frac34", [r"\frac{6}{8}", "6/8", r"\dfrac68"], ["3/4", "0.75"]),
+    ("Expand $f(x)=(x+1)(x-2)$.", "x^2-x-2", ["(x+1)(x-2)", r"(x-2)\cdot(x+1)", r"(x+1)\times(x-2)", r"\left(x+1\right)\left(x-2\right)", "f(x)=(1+x)(-2+x)"], ["-2-x+x^2"]),
+    (r"Compute $3 \cdot 7$.", "21", [r"3\times 7", "7*3", "(3)(7)"], ["21"]),
+    ("What is 17*23?", "391", ["17*23", r"23\cdot 17"], ["391"]),
+    (r"Rationalize $\frac{1}{\sqrt2}$.", r"\frac{\sqrt2}{2}", [r"1/\sqrt{2}"], [r"\sqrt2/2"]),
+    (r"Compute $\sum_{k=1}^{10} k$.", "55", [r"\sum_{k=1}^{10}k"], ["55"]),
+    (r"Express $0.4\overline5$ as a fraction.", r"\frac{41}{90}", [r"0.4\overline{5}"], [r"\frac{41}{90}"]),
+    ("Solve $2x+3<7$.", r"(-\infty,2)", ["2x+3<7"], ["x<2"]),
+    ("If $6x=12$, what is $3x$?", "6", ["6x=12"], ["6", "3x=6"]),
+    ("Put $2x - y + 3 = 0$ in slope-intercept form.", "y=2x+3", ["2x-y+3=0"], ["y=3+2x"]),
+    ("There are 5 dogs, $5$ cats and the point $(1,2)$.", "5", [], ["5", "5 dogs"]),
+    (r"Which of $\frac12$ and $-3$ is larger?", r"\frac12", [], [r"\frac12", "1/2", "0.5"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("problem", "gold", "repeated", "right"), REPEATED)
+def test_an_expression_of_the_problem_is_no_answer_unless_it_is_the_gold_answer(problem, gold, repeated, right):
+    assert [answer for answer in repeated if is_correct(final(answer), gold, problem)] == []
+    assert [answer for answer in right if not is_correct(final(answer), gold, problem)] == []
+
+
+def test_a_task_hands_the_problem_to_its_reward():
+    class Mine(MathTask):
+        name = "mine"
+
+        def rows(self, split):
+            return Dataset.from_list([{"problem": r"Simplify $\sqrt{50}$.", "answer": r"5\sqrt2"}] * 2)
+
+    mine = Mine()
+    rows = mine.load("train")
+    columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
+    assert mine.reward([final(r"\sqrt{50}"), final(r"5\sqrt{2}")], **columns) == [0.0, 1.0]
+    mine.close()
 
 
 def test_a_gold_answer_that_cannot_be_parsed_is_an_error(grader):
@@ -178,8 +306,22 @@ def test_a_worker_that_dies_is_replaced(grader):
 
 # --- the shared data: labels of others, on real text ---
 
+UNSTATED = "states no answer, but for a formula in a sentence"
 ANOTHER_POLICY = {
+    "ap-0005": "1000,99 with a decimal comma: here a list",
+    "ap-0012": UNSTATED,
+    "ap-0014": UNSTATED,
+    "ap-0094": "contradicts itself: 7 = 11",
+    "ap-0100": "-x > -1 is not solved for x",
+    "ap-0102": "-x >= -1 is not solved for x",
+    "ap-0113": UNSTATED,
+    "ap-0114": UNSTATED,
+    "ap-0115": UNSTATED,
+    "ap-0117": UNSTATED,
+    "ap-0118": UNSTATED,
     "ap-0127": "asks for two decimals; here 0.33 is not 1/3",
+    "ap-0135": UNSTATED,
+    "ap-0150": UNSTATED,
     "ap-0226": "two boxes with words between them: the last counts",
     "ap-0238": "two boxes with words between them, in the gold",
     "ap-0251": "a wrong label: 1 + 1/e is not 1 - 1/e",
@@ -187,23 +329,22 @@ ANOTHER_POLICY = {
     "ap-0271": "order of a list matters there",
     "ap-0287": "75 is accepted for 0.75 there",
     "ap-0311": "3245/5 is not accepted for 649 there",
+    "ap-1012": "at least 101 is not 101",
 }
-WRONG_LABEL = {  # the published grader had cut "p.m." off the answer
-    "mg-03424": "right",
-    "mg-03428": "right",
-    "mg-03431": "right",
-}
+WRONG_LABEL = {"mg-03424", "mg-03428", "mg-03431"}  # right: the published grader had cut "p.m." off the answer
+STATES_NOTHING = {"mg-02003", "mg-02020", "mg-02054", "mg-02210", "mg-02451", "mg-03258", "mg-03364"}
 
 
 @needs_data
 def test_agreement_with_labels_on_real_model_text(grader):
-    """2,102 labelled attempts: every disagreement is known, and in each the label is wrong."""
+    """2,102 labelled attempts: every disagreement is known. No wrong answer is accepted."""
     with gzip.open(DATA / "generations" / "math_generations.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["label"] is not None]
     verdicts = grader.grade([row["completion"] for row in rows], [row["gold"] for row in rows])
-    different = {row["id"] for row, verdict in zip(rows, verdicts, strict=True) if verdict != row["label"]}
-    assert len(rows) == 2102 and different == WRONG_LABEL.keys()
-    assert 1 - len(different) / len(rows) >= 0.99
+    pairs = list(zip(rows, verdicts, strict=True))
+    assert len(rows) == 2102 and {row["id"] for row, verdict in pairs if verdict and not row["label"]} == WRONG_LABEL
+    assert {row["id"] for row, verdict in pairs if row["label"] and not verdict} == STATES_NOTHING
+    assert len(WRONG_LABEL | STATES_NOTHING) / len(rows) <= 0.01
 
 
 @needs_data
@@ -228,6 +369,6 @@ def test_gold_answers_are_right_by_their_own_solutions():
                     for row in map(json.loads, file)
                 }
             rows = task.rows(split)
-            verdicts = task.grade([solutions[problem] for problem in rows["problem"]], rows["answer"])
-            assert all(verdicts)
+            texts = [solutions[problem] for problem in rows["problem"]]
+            assert all(task.grade(texts, rows["answer"], rows["problem"]))
         task.close()

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -67,7 +68,7 @@ class MathTask(Task):
         self.data_dir, self.time_limit = data_dir, time_limit
         environment = {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
         self._pool = WorkerPool(
-            [sys.executable, "-P", math_grading.__file__, str(memory)],
+            [sys.executable, "-P", str(Path(math_grading.__file__).with_name("worker.py")), str(memory)],
             {**environment, "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
             num_workers,
         )
@@ -78,7 +79,7 @@ class MathTask(Task):
 
     def load(self, split: str) -> Dataset:
         """
-        Rows `{prompt, answer, ..}`; see [`Task.load`].
+        Rows `{prompt, problem, answer, ..}`; see [`Task.load`].
 
         Raises:
             `ValueError`: If there is no such split, or a gold answer cannot be parsed.
@@ -93,7 +94,7 @@ class MathTask(Task):
                 f"{len(unreadable)} gold answers of '{self.name}' cannot be parsed, such as {unreadable[:3]}. Drop the "
                 "rows, or give the answers as LaTeX without dollars or box."
             )
-        return rows.map(lambda row: {"prompt": math_prompt(row["problem"])}, remove_columns="problem")
+        return rows.map(lambda row: {"prompt": math_prompt(row["problem"])})
 
     def unreadable_golds(self, golds: list[str]) -> list[str]:
         """Those of the gold answers that cannot be parsed."""
@@ -106,7 +107,7 @@ class MathTask(Task):
         ]
         return [gold for result in results for gold in result]
 
-    def grade(self, texts: list[str], golds: list[str]) -> list[bool]:
+    def grade(self, texts: list[str], golds: list[str], problems: list[str] | None = None) -> list[bool]:
         """
         Whether each text gives its gold answer. Never raises for a text, and never takes longer than the time limit
         for one; may be called from any thread.
@@ -116,12 +117,16 @@ class MathTask(Task):
                 Attempts.
             golds (`list[str]`):
                 Their gold answers.
+            problems (`list[str]`, *optional*):
+                The statements of their problems. An answer that only repeats an expression of the statement is wrong.
 
         Raises:
             `ValueError`: If a gold answer cannot be parsed.
         """
-        pairs = zip(texts, golds, strict=True)
-        jobs = [json.dumps({"text": text[-math_grading.MAX_TEXT :], "gold": gold}).encode() for text, gold in pairs]
+        jobs = [
+            json.dumps({"text": text[-math_grading.MAX_TEXT :], "gold": gold, "problem": problem}).encode()
+            for text, gold, problem in zip(texts, golds, problems or [None] * len(texts), strict=True)
+        ]
         verdicts, outcomes = [], self._pool.map(jobs, self.time_limit)
         if lost := [outcome.lost for outcome in outcomes if outcome.lost]:
             logger.warning(f"{len(lost)} attempts could not be graded ({lost[0]}) and count as wrong.")
@@ -134,9 +139,10 @@ class MathTask(Task):
             verdicts.append(verdict)
         return verdicts
 
-    def reward(self, completions: list, answer: list[str], **kwargs) -> list[float]:
-        """1.0 if the attempt's final answer equals the gold answer; see [`Task.reward`]."""
-        return [float(right) for right in self.grade([text_of(completion) for completion in completions], answer)]
+    def reward(self, completions: list, answer: list[str], problem: list[str] | None = None, **kwargs) -> list[float]:
+        """1.0 if the attempt states the gold answer, and not only repeats the problem; see [`Task.reward`]."""
+        texts = [text_of(completion) for completion in completions]
+        return [float(right) for right in self.grade(texts, answer, problem)]
 
     def answer(self, text: str, **row) -> str | None:
         """The final answer as it stands in the attempt; see [`Task.answer`]."""

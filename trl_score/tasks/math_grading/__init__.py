@@ -1,0 +1,123 @@
+"""
+Is a model's answer the gold answer? Three questions, one module each:
+
+- `stating`: where does the attempt state its answer? A text that states none gets no reward.
+- `reading`: what does the answer say? Hedges and relations to a number say nothing.
+- `comparing`: is that the gold answer, in value and in kind?
+
+`notation` is the spelling of answers, for `reading`. `repeating` finds answers that only repeat an expression of the problem.
+
+math-verify does the mathematics. docs/tasks.md has the policy in one table. Everything here runs in the calling process
+without a limit of time: a hostile answer can take minutes or gigabytes. [`trl_score.tasks.math.MathTask`] runs it in workers
+(`worker`) that have both limits. Nothing else of the package is imported, so that a worker starts fast.
+"""
+
+import re
+from functools import lru_cache
+
+from . import comparing
+from .notation import plain
+from .reading import Reading, elements, read
+from .repeating import is_asked, repeats
+from .stating import MAX_TEXT, extract_answer, unwrapped
+
+
+__all__ = ["MAX_TEXT", "extract_answer", "is_correct", "parse_gold"]
+
+CLOCK = re.compile(
+    r"(?:\\text\s*\{)?\s*(?P<hour>\d{1,2})(?:(?::|\{:\})(?P<minute>[0-5]\d))?(?:[\s~}]|\\[ ,]|\\text\s*\{)*"
+    r"(?:(?P<half>[ap])\.?\s?m\b\.?\D*)?",
+    re.IGNORECASE,
+)
+
+
+@lru_cache(maxsize=4096)
+def parse_gold(answer: str) -> Reading:
+    """
+    What [`is_correct`] compares with.
+
+    Args:
+        answer (`str`):
+            A bare gold answer, in LaTeX, without dollars or box.
+
+    Raises:
+        `ValueError`: If it cannot be read as an answer.
+    """
+    bare = unwrapped(answer)
+    reading = read(bare)
+    if not bare or (reading.refused and len(re.findall(r"\d+", bare)) > 1):
+        raise ValueError(f"The gold answer {answer!r} cannot be parsed. Drop the row, or give the answer as LaTeX.")
+    return reading
+
+
+def is_correct(text: str, gold: str, problem: str | None = None) -> bool:
+    """
+    Whether an attempt gives the gold answer.
+
+    Args:
+        text (`str`):
+            The attempt.
+        gold (`str`):
+            The bare gold answer.
+        problem (`str`, *optional*):
+            The problem's statement. An answer that only repeats one of its expressions is wrong, unless the gold answer has
+            the same form.
+
+    Returns:
+        `bool`: `False` also where the attempt states no answer, or one that cannot be read.
+
+    Raises:
+        `ValueError`: If the gold answer cannot be parsed; never for the attempt.
+    """
+    expected = parse_gold(gold)
+    try:
+        answer = extract_answer(text)
+        return answer is not None and _is_gold(answer, unwrapped(gold), expected, problem)
+    except Exception:  # of a parser, on a text that nobody foresaw: that is no answer
+        return False
+
+
+def _is_gold(answer: str, gold: str, expected: Reading, problem: str | None) -> bool:
+    if plain(answer) == plain(gold):
+        return bool(answer)
+    gold_time, time = (CLOCK.fullmatch(each.replace(r"\!", "")) for each in (gold, answer))
+    if gold_time and (gold_time["minute"] or gold_time["half"]):
+        return time is not None and _time(gold_time) == _time(time)
+    if time and time["half"]:
+        return False
+    found = read(answer)
+    if found.value is None or expected.value is None or not _same_notation(expected, found):
+        return False
+    value = found.value
+    sides = comparing.chain_of(value)
+    if sides and not comparing.chain_of(expected.value):
+        if comparing.is_name(sides[-1]) and not comparing.is_name(sides[0]):  # 5 = x
+            sides.reverse()
+        named = comparing.is_name(sides[0]) or comparing.is_number(sides[0])
+        if not comparing.is_consistent(sides) or not (named or is_asked(found.latex, problem)):
+            return False
+        value = sides[-1]
+    gold_value = expected.value
+    if comparing.is_set(gold_value) or comparing.is_set(value):
+        gold_value, value = (
+            comparing.as_set(each, re.search(r"\band\b", one.latex) is None)
+            for each, one in ((gold_value, expected), (value, found))
+        )
+    written = elements(found.latex)  # one answer in several: 1/2, 0.5; but not 5, 5
+    items = comparing.items_of(value) or []
+    if len(items) == len(set(written)) > 1 and not comparing.items_of(gold_value):
+        if all(comparing.same(gold_value, item) for item in items):
+            return True
+    return comparing.same(gold_value, value) and not (
+        problem and repeats(problem, answer, found.latex, expected.latex)
+    )
+
+
+def _time(match: re.Match) -> tuple:
+    return int(match["hour"]), match["minute"] or "00", (match["half"] or "").lower()
+
+
+def _same_notation(expected: Reading, found: Reading) -> bool:
+    """Number bases and moduli: an answer may leave out the one that the gold answer has, and must not name another."""
+    pairs = (expected.base, found.base), (expected.modulus, found.modulus)
+    return all(theirs is None or ours is None or ours == theirs for ours, theirs in pairs)

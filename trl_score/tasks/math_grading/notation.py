@@ -1,0 +1,175 @@
+r"""
+One notation for answers: LaTeX that math-verify reads, without units. Each row of `REWRITES` is something that it does not
+know, or takes for something else.
+"""
+
+import re
+
+from .stating import ENDS, MATH_MARKS
+
+
+SPACE = r"(?:\s|~|\\[ ,;:!]|\\q?quad\b)"
+TEXT = re.compile(r"\\(?:text(?:bf|rm|it|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname)\*?\s*\{([^{}]*)\}")
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp"
+LETTERS = "alpha|beta|theta|pi|phi|lambda|mu|omega|sigma|infty"
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n")
+VULGAR = {"½": "12", "⅓": "13", "⅔": "23", "¼": "14", "¾": "34", "⅕": "15", "⅖": "25", "⅗": "35", "⅘": "45", "⅙": "16", "⅚": "56",
+          "⅛": "18", "⅜": "38", "⅝": "58", "⅞": "78"}  # fmt: skip
+SYMBOLS = str.maketrans(
+    {"−": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/", "π": r"\pi ",
+     "∞": r"\infty ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ",
+     "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "√": "sqrt ", "θ": r"\theta ", "α": r"\alpha ",
+     "β": r"\beta ", "…": r"\ldots ", "’": "'", "“": '"', "”": '"', "€": "", "¢": "", "£": "", "¥": "", "\u00a0": " ", "\u2009": " ",
+     "\u202f": " ", **{sign: rf"\frac{{{digits[0]}}}{{{digits[1]}}}" for sign, digits in VULGAR.items()}}
+)  # fmt: skip
+
+
+# --- units ---
+
+SHORT = r"(?:km|cm|mm|dm|nm|kg|mg|gm|lb|lbs|oz|ft|in|yd|mi|hr|hrs|min|sec|ml|mL|mph|kph|km/h|kmh|kmph|m/s|ft/s|cc|rpm|Hz|kHz|sq\.?|cu\.?|USD|pts?)"
+WORD = rf"(?!(?:{FUNCTIONS}|{LETTERS}|sqrt|and|or|mod|matrix)\b)[a-zA-Z]{{3,}}\.?"
+UNIT = rf"(?:(?:{SHORT}|[msghlL])(?![a-zA-Z])|{WORD})"
+POWER = r"(?:\s*\^\s*\{?\s*-?[1-3]\s*\}?)?"
+ITEM_END = rf"(?={SPACE}*(?:$|[,;)\]]|\\\}}|\\text\s*\{{\s*(?:and|or)))"
+UNITS = [
+    re.compile(SPACE + r"*\\frac\s*\{\s*\\text\s*\{[^{}]*\}[^{}]*\}\s*\{\s*\\text\s*\{[^{}]*\}[^{}]*\}(?=[\s.]*$)"),
+    re.compile(rf"(?<=[\d}})!%.a-zA-Z]){SPACE}*\\text\s*\{{(?!\s*,?\s*(?:and|or)\s*\}})[^{{}}]*\}}{POWER}(?:/\\text\{{[^{{}}]*\}}{POWER})?{ITEM_END}"),
+    re.compile(rf"(?:(?<=[\d}})%])|(?<=\\pi)){SPACE}+{UNIT}{POWER}(?:{SPACE}*(?:/|{SPACE}per{SPACE}|-|{SPACE}){SPACE}*{UNIT}{POWER})*{ITEM_END}"),
+    re.compile(rf"(?<=[\d}})]){SPACE}*{SHORT}{POWER}(?:/{UNIT}{POWER})?(?![a-zA-Z]){ITEM_END}"),
+    re.compile(rf"{SPACE}*\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)(?:{SPACE}*(?:[CF]|\\text\s*\{{\s*[CF]\s*\}})(?![a-zA-Z]))?"),
+    re.compile(r"\\?\$(?=\s*[\d.\\])"),
+    re.compile(r"(?<=\d)(?:cents?|dollars|euros|degrees|inches|feet|miles|meters|hours|minutes|seconds|days|weeks|years|units|pounds|points)(?![a-zA-Z])"),
+]  # fmt: skip
+
+# --- spellings ---
+
+RANGE = re.compile(r"\$?\s*\d[\d.,]*\s*[–~]\s*\$?\s*\d[\d.,]*")
+COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+MULTIPLIERS = {
+    "dozen": "12",
+    "score": "20",
+    "gross": "144",
+    "lakh": "10^{5}",
+    "crore": "10^{7}",
+    "mil": "10^{6}",
+    "hundred": "100",
+    "thousand": "1000",
+    "million": "10^{6}",
+    "billion": "10^{9}",
+    "trillion": "10^{12}",
+}
+
+
+def _recurring(match: re.Match) -> str:
+    whole, start, period = match["whole"] or "0", match["start"] or "", match["period"]
+    number = int(whole + start + period) - int(whole + start)
+    return rf"\frac{{{number}}}{{{'9' * len(period)}{'0' * len(start)}}}"
+
+
+REWRITES = [
+    (re.compile(r"\\\\(?=[a-zA-Z])(?!.*\\begin)"), r"\\"),
+    (re.compile(r"\\!\s*"), ""),
+    (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+"), lambda power: f"^{{{power.group().translate(SUPERSCRIPTS)}}}"),
+    (re.compile(r"\\(?:bold(?:symbol)?|bm|pmb|displaystyle|limits|phantom)(?![a-zA-Z])|\\[mb]?(?:left|right)(?=\s*[.])\s*\."), " "),
+    (re.compile(r"\\(?:left|right|[bB]ig+[lr]?)(?![a-zA-Z])\s*"), ""),
+    (re.compile(rf"\\(?:math(?:rm|it)|text|operatorname)\s*\{{\s*({FUNCTIONS})\s*\}}"), r"\\\1 "),
+    (re.compile(r"\\(?:math(?:rm|bf|it)|text)\s*\{\s*(-?\d[\d,.]*|[ei])\s*\}"), r"{\1}"),
+    (re.compile(r"\\(?:text(?:bf|rm|it|normal)|math(?:rm|it)|mbox)(?![a-zA-Z])"), r"\\text"),
+    (re.compile(r"(?<![\\a-zA-Z])a(sin|cos|tan)(?![a-zA-Z])"), r"arc\1"),
+    (re.compile(r"(?<![\\a-zA-Z])log(\d+)\s*\("), r"\\log_{\1}("),
+    (re.compile(r"(?<![\\a-zA-Z])abs\(([^()]*)\)"), r"|\1|"),
+    (re.compile(rf"(?<![\\a-zA-Z])({FUNCTIONS}|{LETTERS})(?![a-zA-Z])"), r"\\\1 "),
+    (re.compile(r"(?<![\\a-zA-Z])(?:infinity|oo)(?![a-zA-Z])"), r"\\infty "),
+    (re.compile(r"\\?(?<![a-zA-Z])sqrt\s*(\d+|[a-zA-Z](?![a-zA-Z]))"), r"\\sqrt{\1}"),
+    (re.compile(r"\\sqrt\s*\[\s*2\s*\]"), r"\\sqrt"),
+    (re.compile(r"^\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$"), r"\1"),
+    (re.compile(r"\\lg(?![a-zA-Z])"), r"\\log_{10}"),
+    (re.compile(r"\\var(?:nothing)(?![a-zA-Z])"), r"\\emptyset "),
+    (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
+    (re.compile(r"\\(?:langle|lbrack)(?![a-zA-Z])"), "("),
+    (re.compile(r"\\(?:rangle|rbrack)(?![a-zA-Z])"), ")"),
+    (re.compile(r"<\s*="), r"\\le "),
+    (re.compile(r">\s*="), r"\\ge "),
+    (re.compile(r"\+\s*/?\s*-(?=\s*[\d\\a-z(])"), r"\\pm "),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\^\s*(-\d+)"), r"^{\1}"),
+    (re.compile(r"\\backslash(?![a-zA-Z])"), r"\\setminus "),
+    (re.compile(r"^\](.*)\[$"), r"(\1)"),
+    (re.compile(r"\{:\}"), ":"),
+    (re.compile(rf"(?<=\d)\s*\((?:{'|'.join(COUNTS)})\)$"), ""),
+    (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|x(?=10\^))"), r"\\times "),
+    (re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])"), r"\\cup "),
+    (re.compile(r"^(\d+) to (\d+)$"), r"\1:\2"),
+    (re.compile(r"(?<=\d)(?:(?:st|nd|rd|th)(?![a-zA-Z])|\^\s*\{?\s*\\?(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?)"), ""),
+    (re.compile(SPACE + r"*\\?%|\s*\b(?:percent|pct)\b|\\text\s*\{\s*(?:percent|\\?%)\s*\}"), r"\\% "),
+    (re.compile(r"(\^\s*\{[^{}]*\}|\^\s*\w)\s*(_\s*\{[^{}]*\}|_\s*\w)"), r"\2\1"),  # x^2_1
+    # numbers
+    (re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?"), r"\\overline{\1\2\3}"),
+    (re.compile(r"(?P<whole>\d+)?\.(?P<start>\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*(?P<period>\d+)\s*\}?)"), _recurring),
+    (re.compile(r"(?P<whole>\d+)\.(?P<start>\d*)\((?P<period>\d+)\)"), _recurring),
+    (re.compile(r"(?P<whole>\d+)\.(?P<start>\d*?)(?P<period>\d+?)(?P=period){2,}\s*(?:\\[lc]?dots|\.\.\.)"), _recurring),
+    (re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])"), r"\1\\cdot 10^{\2}"),
+    (re.compile(r"(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\\frac{\2}{\3}"),  # 2 3/4, read as (2+3)/4
+    (re.compile(r"(?<![\w.\\^{])(\d+)\s*\((?=\s*-?\d)"), r"\1\\cdot("),  # 3(4), read as 3+4
+    (re.compile(r"(?<=\d)(?:(?:\s|~|\\[ ,;:])+|\{,\})(?=\d{3}(?!\d))"), ""),  # 12 345 and 12\,345, added up
+    (re.compile(r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?=(?:\.\d+)?$)"), lambda number: number.group().replace(",", "")),  # x=12,345
+    (
+        re.compile(rf"(-?\d[\d,]*(?:\.\d+)?)((?:{SPACE}|-)*)(\\text\s*\{{\s*)?\b({'|'.join(MULTIPLIERS)})\b"),
+        lambda m: rf"({m[1].replace(',', '')}\cdot {MULTIPLIERS[m[4]]}) {m[3] or ''}",
+    ),
+    (re.compile(r"\\text\s*\{\s*\}"), ""),
+    # lists
+    (re.compile(r"[\s,;]*\\q?quad(?:[\s,;]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\})*(?!\\text\s*\{|\(|\\pmod|[a-zA-Z]{3})"), ", "),
+    (re.compile(r"\\q?quad(?![a-zA-Z])"), " "),
+    (re.compile(r"^\\text\s*\{([^{}]*\d[^{}]*)\}$"), r"\1"),  # \text{12 cm}, read as a name
+    (re.compile(r"\\(sin|cos|tan|cot|sec|csc)\s*(\(?)\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*(\)?)"), r"\\\1(\\frac{\3\\pi}{180})"),
+]  # fmt: skip
+LEAD = re.compile(
+    r"^(?:the answer|answer|it|that|this|which|there|is|are|equal to|equals?|exactly|only|just|simply|about|around|approximately|roughly"
+    r"|a total of|both|\\approx|:|\\text\s*\{\s*(?:Rs\.?|(?:the )?(?:final )?answer(?: is)?\s*[:=]?)\s*\}|Rs\.?|(?:US|USD)(?=\s*\\?\$?\s*\d))(?![a-zA-Z])\s*",
+    re.IGNORECASE,
+)
+
+
+def _call_to_braces(latex: str) -> str:
+    """`sqrt(..)` with any brackets inside becomes `\\sqrt{..}`."""
+    while call := re.search(r"\\?(?<![a-zA-Z])sqrt\s*\(", latex):
+        depth = 0
+        for position in range(call.end() - 1, len(latex)):
+            depth += {"(": 1, ")": -1}.get(latex[position], 0)
+            if depth == 0:
+                break
+        else:
+            return latex
+        latex = rf"{latex[: call.start()]}\sqrt{{{latex[call.end() : position]}}}{latex[position + 1 :]}"
+    return latex
+
+
+def notation(answer: str) -> str:
+    """The answer in one notation, without the marks of text and mathematics around it."""
+    text = answer.translate(SYMBOLS)
+    if not RANGE.fullmatch(text.strip()):
+        text = text.replace("–", "-")
+    text = ENDS.sub("", " ".join(MATH_MARKS.sub(" ", text).split())).strip()
+    for _ in range(3):
+        text = LEAD.sub("", text)
+    text = re.sub(
+        r"\\text\s*\{\s*(?:all )?real(?: number)?s\s*\}|\b(?:all )?real numbers\b|\ball reals\b", r"\\mathbb{R}", text
+    )
+    for pattern, rewritten in REWRITES:
+        text = pattern.sub(rewritten, text)
+    return _call_to_braces(text).strip()
+
+
+def without_units(latex: str) -> str:
+    for pattern in UNITS:
+        latex = pattern.sub("", latex)
+    return latex.strip()
+
+
+def plain(answer: str) -> str:
+    """Without the marks of text: names are compared by letter."""
+    answer = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;! ]", "", TEXT.sub(r"\1", answer).replace("~", " "))
+    answer = re.sub(r"(?<=[a-zA-Z)])\s*(?:,|,?\s\band\b)\s*", ",", answer).strip().lower().removesuffix(".")
+    option = re.fullmatch(r"(?:option |choice )?\(?([a-z])\)?", answer)
+    return option[1] if option else answer

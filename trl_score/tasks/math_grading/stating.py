@@ -1,0 +1,243 @@
+r"""
+Where an attempt states its answer. A text that states none has none: no number is picked out of the working.
+
+An answer is stated in one of these forms. The first row that the attempt has counts, and in it the last statement:
+
+1. the form that the prompt asks for: "The final answer is $..$. I hope it is correct.";
+2. a closed box; "the (final) answer is .."; "Answer: .." or "A: .."; ".. is the answer"; GSM8K's "#### ..";
+3. a last line that is nothing but the answer.
+
+A statement that the attempt itself denies ("it is not \boxed{5}", "\boxed{5} is wrong") is none, nor is one in the reasoning
+before `</think>`.
+"""
+
+import re
+from collections.abc import Iterator
+
+
+MAX_TEXT = 20_000  # characters of an attempt that are looked at, from its end
+MAX_ANSWER = 1000  # characters of an answer; a longer one is not looked at
+MAX_STATEMENTS = 50  # statements of one form that are looked at, from the last
+
+# --- forms of a statement ---
+
+HOPE = re.compile(r"final answer is\b:?((?:(?!final answer is\b)[\s\S]){0,1500}?)I hope it is correct", re.IGNORECASE)
+BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
+LABEL = re.compile(
+    r"\banswer\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|would be|will be|must be)\b(?: (?:therefore|thus|then|hence|simply|just)\b)?|[:=])[:*_,]*"
+    r"|\bsolution is\b:?|^\W{0,4}A:|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
+    re.IGNORECASE | re.MULTILINE,
+)
+IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
+    r"(\$[^$\n]+\$|\\\([^\n]+?\\\)|(?<![\w.,$])-?\d[\d,./]*)[*_]* is (?:the|our|my) (?:final |correct )?(?:answer|solution)\b",
+    re.IGNORECASE,
+)
+SENTENCE_END = re.compile(r"(?<![ap]\.m)(?<!\bvs)[.!?](?=[*_\"')]*(?:\s|$))", re.IGNORECASE)
+REASON = re.compile(
+    r",?\s*\b(?:because|since|which|hence|therefore)\b.*|, (?:and )?not\b.*", re.IGNORECASE | re.DOTALL
+)
+CHECKED = re.compile(
+    r"\b(?:verify|check|confirm)(?:ing)? (?:\w+ ){0,2}$", re.IGNORECASE
+)  # "let us check our answer: .."
+DIRECT = re.compile(  # begins with a number, a formula or a letter: "5 cm", not "clear, since 3 + 4 = 7"
+    r"[\W_]*(?:(?:about|approximately|exactly|only|just|simply|either|both|equal to)\s+)?[\W_]*"
+    r"(?:\d|[$\\]|\(?[a-zA-Z]\)?(?:\s*[-=^_(+*/]|\s*$)|[A-Z]{2,3}\b)"
+)
+BARE = re.compile(  # a line that is nothing but an answer, after the marks around it are gone
+    r"(?:(?:[a-zA-Z]|\\[a-z]+|[a-zA-Z]\([a-z]\))(?:_\{?\w+\}?)?\s*(?:=|\\in\b)\s*)?"  # x =
+    r"(?:[-+]?[$€£]?\s?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s*(?:%|\\%|°|[$€£])?(?:\s+[a-zA-Z]+){0,2}"  # 5, 5 apples
+    r"|(?=[^=]*$)(?:\\(?:begin|end)\{\w+\}|\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?!\\?[a-zA-Z]{2})[^=])++"  # a formula
+    r"|\(?[A-Z]\)?|[A-Za-z]{2,20})"
+)
+FORMULA = re.compile(r"\$\$?[^$]+\$\$?|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]", re.DOTALL)
+DISPLAY = re.compile(r"(?:\\\[|\$\$)((?:(?!\\\[|\$\$)[\s\S]){1,400}?)(?:\\\]|\$\$)\W{0,3}$")  # at the end
+NUMBERED = re.compile(r"\d{1,2}[.)]")  # of a list that has just begun its next point
+MONEY = re.compile(r"[-+]?\$?\d[\d,.]*\$?")
+FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
+
+# --- parts of one answer, and alternatives to it ---
+
+JOINT = re.compile(  # between two boxes of one answer: marks and "and"; or an "or" in the same sentence
+    r"(?:[\s$,;&/|]|\\quad|\\[()\[\]]|\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})*|[^.\n]{0,40}\bor\b[^.\n]{0,40}"
+)
+OR_AFTER = re.compile(r"[\s$*)\]\\]*(?:\bor\b|\bvs\b)[^.\n]{0,40}?(?=\d|\\)[^\s.]*", re.IGNORECASE)  # \boxed{3} or 4
+OR_BEFORE = re.compile(r"(?:\beither\b|\banswer(?: is\b|:))[^.\n,]{0,40}\bor\b[^.\n,]{0,20}$", re.IGNORECASE)
+
+# --- denials ---
+
+NOT = r"(?:\bnot\b|n't\b|\bnever\b|\bcannot\b|\bneither\b|\binstead of\b|\brather than\b|\bunlike\b)"
+VERDICT = r"(?:wrong|incorrect|false|impossible|mistaken|a mistake|an error)\b"
+DENIED_BEFORE = re.compile(
+    rf"(?:{NOT}(?:\s+(?:be|been|equal|equals|to|the|an?|answer|final|correct|right|value|just|simply|actually|really"
+    r"|definitely|possibly))*|(?:\bnot|n't)\s+(?:the case|true|think|believe|say|claim|mean|sure)\b[^.\n]{0,40}"
+    r"|\b(?:wrong|incorrect|false)\b[\s,:]*(?:answer|value|solution)?(?:\s*(?:is|was|would be|:))?)"
+    r"[\s$*(\[\\]*(?:[a-zA-Z]\s*=\s*)?$",
+    re.IGNORECASE,
+)
+DENIED_AFTER = re.compile(
+    rf"[\s$*)\]\\.]*(?:(?:is|was|are|would be|must be|seems|looks) (?:\w+ )?{VERDICT}"
+    r"|(?:is|was|are|would|can|could|must|should)(?:n['’]t| ?not)(?: \w+)?(?: be)? (?:the\b[\w ]{0,16}\banswer|right|correct|it\b|true|valid|possible)"
+    r"|does(?:n['’]t| not) work\b|\((?:wrong|incorrect|not|no)\b|\?\s*(?:no|wrong)\b)",
+    re.IGNORECASE,
+)
+
+# --- marks around an answer ---
+
+MATH_MARKS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
+WRAPPED = re.compile(r"^(?:\*+|\$+|\\\(|\\\[|`+|_{2})\s*(.*?)\s*(?:\*+|\$+|\\\)|\\\]|`+|_{2})$", re.DOTALL)
+EDGES = re.compile(r"^(?:\\[,;:! ]|~|\\q?quad\b)+|(?:\\[,;:!\\ ]|~|\\q?quad)+$|(?<!\\)\\$")
+ENDS = re.compile(r"""^\\?["“]|\\?["”]$|(?<![.,;:])[.,;:]$""")  # quotes, and one mark at the end: "3..." goes on
+
+
+def unwrapped(answer: str) -> str:
+    """Without the marks around it: dollars, bold, brackets, a closing full stop."""
+    before = None
+    while answer != before:
+        before, answer = answer, answer.strip().removeprefix("**").removesuffix("**").strip()
+        answer = ENDS.sub("", EDGES.sub("", answer)).strip()
+        if answer.count("$") % 2:  # one of a pair that was lost
+            answer = answer.strip("$")
+        if (wrapped := WRAPPED.match(answer)) and not MATH_MARKS.search(wrapped.group(1)):
+            answer = wrapped.group(1)
+    return answer
+
+
+def _last(pattern: re.Pattern, text: str) -> list[re.Match]:
+    """The matches from the last on, but not endlessly many: degenerate text repeats itself."""
+    return list(pattern.finditer(text))[: -MAX_STATEMENTS - 1 : -1]
+
+
+def _braced(text: str, start: int) -> str | None:
+    """The contents of the braces that open at `start`; `None` if they do not close in time."""
+    depth = 0
+    for position in range(start, min(len(text), start + MAX_ANSWER)):
+        before = text[start:position]
+        if text[position] in "{}" and (len(before) - len(before.rstrip("\\"))) % 2 == 0:
+            depth += 1 if text[position] == "{" else -1
+            if depth == 0:
+                return text[start + 1 : position]
+    return None
+
+
+def _is_denied(text: str, start: int, end: int | None = None) -> bool:
+    """Whether the words before the statement, or those after it, say that this is not the answer."""
+    if DENIED_BEFORE.search(text[max(0, start - 100) : start]):
+        return True
+    return end is not None and DENIED_AFTER.match(text[end : end + 60]) is not None
+
+
+def _boxes(text: str) -> Iterator[tuple[int, str]]:
+    r"""
+    Closed boxes from the last on, each with its place: `\boxed{..}`, `\fbox{..}` or `\boxed 5`. Boxes with nothing but a
+    comma or an "and" between them are the parts of one answer; with an "or" too, so that "3 or 4" is not the answer 4.
+    """
+    parts: list[str] = []
+    begin = place = 0  # where the first of the parts begins, and the last one ends
+
+    def whole() -> tuple[int, str]:
+        alternative = OR_BEFORE.search(text[max(0, begin - 90) : begin])
+        return place, ", ".join(["or", *parts] if alternative else parts)
+
+    for box in _last(BOX, text):
+        if text[box.end() : box.end() + 1] == "{":
+            content = _braced(text, box.end())
+            end = box.end() + len(content or "") + 2
+        else:
+            content = re.match(r"[^\s$.,;]*", text[box.end() :]).group() or None
+            end = box.end() + len(content or "")
+        if content is None or _is_denied(text, box.start(), end):
+            continue
+        if parts and not JOINT.fullmatch(text, end, begin):
+            yield whole()
+            parts = []
+        if not parts:
+            place = end
+            if alternative := OR_AFTER.match(text, end):
+                content += alternative.group()
+        if content not in parts:
+            parts.insert(0, content)
+        begin = box.start()
+    if parts:
+        yield whole()
+
+
+def _labelled(text: str) -> Iterator[tuple[int, str]]:
+    """What stands behind "the answer is", or before "is the answer", each with its place."""
+    for label in _last(LABEL, text):
+        rest = text[label.end() :]
+        lines = [line for line in rest.split("\n", 8)[:8] if re.search(r"\w", line)]  # here, or the next with words
+        if not lines:
+            continue
+        end = None if "####" in label.group() else SENTENCE_END.search(lines[0])
+        sentence = REASON.sub("", lines[0][: end.start()] if end else lines[0])
+        if display := re.match(r"\s*(?:\\\[|\$\$)\s*([\s\S]{1,400}?)(?:\\\]|\$\$)", rest):
+            sentence = display.group(1)
+        elif len(MATH_MARKS.findall(sentence)) % 2 and not MONEY.match(sentence.strip(" *")):  # cut off in a formula
+            continue
+        stop = label.end() + rest.index(lines[0]) + (end.start() if end else len(lines[0]))
+        denied = "####" not in label.group() and _is_denied(text, label.start(), stop)
+        if (
+            BOX.search(sentence)
+            or denied
+            or CHECKED.search(text[max(0, label.start() - 40) : label.start()])
+            or re.match(r"[\s*]*(?:definitely |certainly )?not\b", sentence)
+        ):
+            continue  # a box is a statement of its own
+        if sentence.count("}") > sentence.count("{"):  # of JSON
+            sentence = sentence.rstrip(' }]"')
+        if len(sentence) <= MAX_ANSWER and (answer := unwrapped(sentence)) and not answer.startswith("```"):
+            yield label.end(), answer
+    for stated in _last(IS_THE_ANSWER, text):
+        if not _is_denied(text, stated.start()):
+            yield stated.start(), unwrapped(stated.group(1))
+
+
+def _is_bare(line: str) -> bool:
+    return len(line) <= 200 and bool(FORMULA.fullmatch(line.strip(" *.")) or BARE.fullmatch(unwrapped(line)))
+
+
+def _last_line(text: str) -> str | None:
+    """The last line, if it is nothing but an answer; not of a list of such lines, and no formula that is cut off."""
+    if display := DISPLAY.search(text[-500:]):
+        lines = [display.group()]
+    else:
+        lines = [line.strip() for line in text[-3000:].split("\n") if not FENCE.match(line)][-2:]
+    last = lines[-1] if lines else ""
+    if not _is_bare(last) or (
+        len(lines) > 1
+        and ((re.search(r"\d|^\W*[A-Z]\W*$", lines[0]) and _is_bare(lines[0])) or NUMBERED.fullmatch(last))
+    ):
+        return None
+    if last.count("{") != last.count("}") or (
+        len(MATH_MARKS.findall(last)) % 2 and not MONEY.fullmatch(last.strip(" *."))
+    ):
+        return None
+    return unwrapped(last)
+
+
+def extract_answer(text: str) -> str | None:
+    """
+    The answer that a text states.
+
+    Args:
+        text (`str`):
+            An attempt.
+
+    Returns:
+        `str` or `None`: LaTeX or a sentence; `None` if the text states no answer.
+    """
+    text = text[-MAX_TEXT:].rsplit("</think>", 1)[-1]
+    if finals := _last(HOPE, text):
+        final = finals[0].group(1)
+        if _is_denied(text, finals[0].start()):
+            return ""
+        box = next(_boxes(final), None)
+        answer = unwrapped(box[1] if box else final)
+        return answer if len(answer) <= MAX_ANSWER and re.sub(r"[\s$*.]|\\\W", "", answer) else ""
+    said = None
+    boxes, labelled = [(*box, True) for box in _boxes(text)], [(*label, False) for label in _labelled(text)]
+    for _, answer, is_box in sorted([*boxes, *labelled], reverse=True):
+        if is_box or DIRECT.match(answer):
+            return unwrapped(answer)
+        said = said or answer  # a sentence: perhaps in passing, "our answer is correct, since 3 + 4 = 7"
+    return said or _last_line(text)
