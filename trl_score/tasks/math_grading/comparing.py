@@ -257,9 +257,7 @@ def _same_relation(gold: object, found: object) -> bool:
         return False
     if is_name(gold_chain[0]) and str(gold_chain[0]) == str(found_chain[0]):
         return same(gold_chain[-1], found_chain[-1])
-    if is_number(gold_chain[-1]) and isinstance(
-        gold_chain[0], Symbol | AppliedUndef
-    ):  # x = 5 is not 2x = 10, nor y = 5
+    if is_number(gold_chain[-1]) and isinstance(gold_chain[0], Symbol | AppliedUndef):  # x = 5 is not 2x = 10
         return str(gold_chain[0]) == str(found_chain[-1]) and same(gold_chain[-1], found_chain[0])
     one, other = (_worked_out(chain[0] - chain[-1]) for chain in (gold_chain, found_chain))
     if one.free_symbols != other.free_symbols or not one.free_symbols:

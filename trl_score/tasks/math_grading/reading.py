@@ -60,9 +60,7 @@ PARTITIVE = re.compile(  # "the cube of 5", "next to 5", "5 of 6"; but "a total 
     re.IGNORECASE,
 )
 ELLIPSIS = re.compile(r"\\[lcd]?dots(?:[a-z](?![a-z]))?(?![a-zA-Z])|\.\s?\.\s?\.")
-SEVERAL = re.compile(
-    r"[^\s$]\s*\$\s*\$\s*[^\s$]|\\[)\]]\s*\\[(\[]"
-)  # formulas side by side: without the marks, a product
+SEVERAL = re.compile(r"[^\s$]\s*\$\s*\$\s*[^\s$]|\\[)\]]\s*\\[(\[]")  # side by side: without the marks, a product
 UNREADABLE = [  # read in part, or as a product
     re.compile(r"(?<!frac )(?<!binom )(?<!_)\d(?:\s|~|\\[ ,;:])+\d"),  # "3 4", added up
     re.compile(r"[\d})](?:\s|~|\\[ ,;:])+0(?![.\d])"),  # multiplied, so 0

@@ -46,7 +46,7 @@ DIRECT = re.compile(  # begins with a number, a formula or a letter: "5 cm", not
 BARE = re.compile(  # a line that is nothing but an answer, after the marks around it are gone
     r"(?:(?:[a-zA-Z]|\\[a-z]+|[a-zA-Z]\([a-z]\))(?:_\{?\w+\}?)?\s*(?:=|\\in\b)\s*)?"  # x =
     r"(?:[-+]?[$€£]?\s?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s*(?:%|\\%|°|[$€£])?(?:\s+[a-zA-Z]+){0,2}"  # 5, 5 apples
-    r"|(?=[^=]*$)(?:\\(?:begin|end)\{\w+\}|\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?!\\?[a-zA-Z]{2})[^=])+"
+    r"|(?=[^=]*$)(?:\\(?:begin|end)\{\w+\}|\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?!\\?[a-zA-Z]{2})[^=])++"  # a formula
     r"|\(?[A-Z]\)?|[A-Za-z]{2,20})"
 )
 FORMULA = re.compile(r"\$\$?[^$]+\$\$?|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]", re.DOTALL)
