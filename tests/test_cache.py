@@ -257,7 +257,7 @@ def test_training_reads_the_first_context_only(options, make_arithmetic_trainer,
     trainer = make_arithmetic_trainer(max_steps=2, stage1_steps=1, **options)
     trainer.train()
     trainer.evaluate()
-    attempts = trainer.num_attempts
+    attempts = trainer.args.num_attempts
     for k, (context, read) in enumerate(first_forwards):
         assert read == context if k % attempts == 0 else read <= 14 < context
     assert len(first_forwards) == attempts * (2 + 3)  # 20 problems of the evaluation in batches of 8

@@ -158,7 +158,7 @@ def test_collect_and_train_on_stored_first_attempts_by_command(tmp_path, capsys)
         "--max_steps",
         "2",
         "--num_generations",
-        "2",
+        "4",
         "--per_device_train_batch_size",
         "4",
         "--logging_steps",

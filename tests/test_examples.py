@@ -41,7 +41,7 @@ def test_embedded_run_evaluates_trains_and_saves(tmp_path):
         "--max_steps",
         "2",
         "--stage1_steps",
-        "1",
+        "0.5",
         "--per_device_train_batch_size",
         "16",
         "--logging_steps",
@@ -200,7 +200,7 @@ def test_a_task_is_had_or_said_in_one_line(tmp_path, chat_model):
         assert "Traceback" not in done.stderr
 
 
-TINY_STUDY = ["--max_steps", "3", "--stage1_steps", "1", "--rollouts_per_step", "32", "--num_train_problems", "16"]
+TINY_STUDY = ["--max_steps", "4", "--stage1_steps", "2", "--rollouts_per_step", "32", "--num_train_problems", "16"]
 TINY_STUDY += ["--num_eval_problems", "50"]
 
 

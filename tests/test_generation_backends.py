@@ -56,6 +56,7 @@ class StandIn:
     def __init__(self, model, processing_class, max_completion_length, temperature, **kwargs):
         self.model, self.tokenizer = model, processing_class
         self.max_completion_length, self.temperature = max_completion_length, temperature
+        self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.generation_kwargs = 1.0, 0, 0.0, 1.0, {}
         self.calls, self.syncs = [], 0
         self.offset = lambda attempt, row: 0.0
         StandIn.created = self

@@ -206,7 +206,7 @@ def test_schedule_is_given_the_steps_that_it_was_planned_with(run):
 
     first = run(max_steps=2)
     run(first.checkpoint(2), max_steps=4, schedule=schedule)
-    assert set(asked) == {2}
+    assert set(asked[-2:]) == {2}  # before, the whole run was looked at when the trainer was made
 
 
 @pytest.mark.parametrize(

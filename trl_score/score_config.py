@@ -52,7 +52,8 @@ class SCoReConfig(GRPOConfig):
 
         stage1_steps (`float`, *optional*, defaults to `0.5`):
             Optimizer steps of Stage I, or their share of `max_steps` if below 1. 0: Stage II only; `max_steps` or more:
-            Stage I only. 1.0 is refused, as it could mean one step or the whole run; the integer 1 is one step. With more than two attempts Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
+            Stage I only. 1.0 is refused, as it could mean one step or the whole run; the integer 1 is one step. With more than
+            two attempts Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
         alpha (`float`, *optional*, defaults to `10.0`):
             Weight of the bonus for improving on the attempt before, in Stage II (Section 5.2). 0: no bonus.
         gamma (`float`, *optional*, defaults to `0.0`):
@@ -282,6 +283,11 @@ class SCoReConfig(GRPOConfig):
                 "two or more are sampled, or to 1 for none."
             )
         self._refuse_unsupported()
+        # TRL sets options whose names transformers has replaced: under the new names they mean the same, without a warning.
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if getattr(self, f"activation_{name}", ...) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
+                setattr(self, f"gradient_{name}", None)
         super().__post_init__()
         if self.num_generations_eval is None:
             self.num_generations_eval = 1

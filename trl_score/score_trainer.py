@@ -308,12 +308,6 @@ class SCoReTrainer(GRPOTrainer):
         elif self.ref_model is not None and copy_from is not None:
             copy_weights(copy_from, self.accelerator.unwrap_model(self.ref_model))
 
-    def _prepare_inputs(self, generation_batch):
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._step == 0 and self.state.global_step == 0 and self._starts_at_reference:
-            self._check_start(inputs)
-        return inputs
-
     def _check_start(self, inputs: dict):
         """Compare policy and reference on the first batch of a run, without the dropout of training."""
         model = self.accelerator.unwrap_model(self.model)
@@ -325,8 +319,9 @@ class SCoReTrainer(GRPOTrainer):
         finally:
             self.model.train()
         difference = (reference - policy).float()
-        kl = (difference.exp() - difference - 1) * inputs["completion_mask"]
-        kl, tokens = self.accelerator.reduce(torch.stack([kl.sum(), inputs["completion_mask"].sum()]), reduction="sum")
+        scored = inputs["attempt_ids"] > 0
+        kl = (difference.exp() - difference - 1) * scored
+        kl, tokens = self.accelerator.reduce(torch.stack([kl.sum(), scored.sum()]), reduction="sum")
         is_half = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.bfloat16, torch.float16)
         is_quantized = getattr(model, "hf_quantizer", None) is not None
         check_start((kl / tokens.clamp(min=1)).item(), is_float32=not (is_half or is_quantized))
@@ -574,7 +569,7 @@ class SCoReTrainer(GRPOTrainer):
     def _logps(self, output: dict[str, Tensor], model: nn.Module) -> Tensor:
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps, *_ = self._get_per_token_logps_and_entropies(
-                model,
+                ScoredTokens(model, self.accelerator.unwrap_model(model), output["attempt_ids"] > 0),
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
                 output["completion_ids"].size(1),
@@ -688,6 +683,9 @@ class SCoReTrainer(GRPOTrainer):
         if self._buffered_inputs is not buffered and self._sorts_rows:
             self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        if self.model.training and self._step == 0 and self.state.global_step == 0 and self._starts_at_reference:
+            self._check_start(inputs)
+            self._starts_at_reference = False  # `train` may be called again
         return inputs
 
     @property
@@ -709,7 +707,8 @@ class SCoReTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         number = self.args.num_attempts if mode == "train" else self.args.num_attempts_eval
         if mode == "eval":
-            attempt_ids = torch.where(inputs["counted"].unsqueeze(1), attempt_ids, 0)
+            counted = inputs.get("counted", torch.ones_like(attempt_ids[:, 0], dtype=torch.bool))
+            attempt_ids = torch.where(counted.unsqueeze(1), attempt_ids, 0)
         sums = [sum_per_attempt(each, attempt_ids, number).sum(0) for each in (kl, torch.ones_like(kl))]
         sums = self.accelerator.reduce(torch.stack(sums), reduction="sum")  # (2, K)
         if mode == "eval":  # over all batches of the evaluation, as its last one can be smaller
@@ -796,11 +795,12 @@ class SCoReTrainer(GRPOTrainer):
             super()._save(output_dir, state_dict)
         finally:
             delattr(self.model.config, TRAINED_FLAG)
-        save_rollout_settings(
-            output_dir or self.args.output_dir,
-            chat_template_kwargs=self.chat_template_kwargs,
-            correction_instruction=self.args.correction_instruction,
-        )
+        if self.args.should_save:
+            save_rollout_settings(
+                output_dir or self.args.output_dir,
+                chat_template_kwargs=self.chat_template_kwargs,
+                correction_instruction=self.args.correction_instruction,
+            )
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         model_name = model_name or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
