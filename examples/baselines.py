@@ -14,7 +14,7 @@ runs STaR (D) on the tiny embedded model and task: no network, no GPU, about two
 samples 64 attempts at each problem of MATH (`--task gsm8k`, `mbpp`: of others), pairs wrong and right ones, fine-tunes an
 adapter on the pairs, and evaluates base and trained model. `--num_samples` makes the comparison fair: SCoRe samples steps x
 rollouts per step x attempts / problems. Every field of TRL's SFTConfig and ModelConfig is an argument; `--config FILE.yaml`
-reads them from a file. An interrupted run goes on where it stopped. Self-Refine needs no training:
+reads them from a file. An interrupted run resumes where it stopped. Self-Refine needs no training:
 `trl-score evaluate --self_refine`.
 """
 

@@ -54,7 +54,7 @@ def load_rows(script_args: ScriptArguments) -> DatasetDict:
         else:
             rows = load_dataset(name, name=script_args.dataset_config)
     except Exception as error:  # of whatever kind: what failed is said in one line
-        sys.exit(f"The dataset '{name}' cannot be had: {str(error).splitlines()[0]}")
+        sys.exit(f"The dataset '{name}' cannot be loaded: {str(error).splitlines()[0]}")
     if split not in rows:
         sys.exit(f"The dataset '{name}' has no split '{split}', only {sorted(rows)}. Set --dataset_train_split.")
     columns = rows[split].column_names

@@ -122,8 +122,8 @@ def test_attempts_that_cannot_be_graded_do_not_stop_the_run(tmp_path):
     ("arguments", "message"),
     [
         ([*MODEL], "Which problems? Give --task, or --dataset_name"),
-        (["--dataset_name", "no/such-dataset"], "The dataset 'no/such-dataset' cannot be had: "),
-        ([*MODEL, "--dataset_name", "missing.jsonl"], "The dataset 'missing.jsonl' cannot be had: "),
+        (["--dataset_name", "no/such-dataset"], "The dataset 'no/such-dataset' cannot be loaded: "),
+        ([*MODEL, "--dataset_name", "missing.jsonl"], "The dataset 'missing.jsonl' cannot be loaded: "),
         (
             ["--model_name_or_path", "no/such-model", "--task", "arithmetic"],
             "The model 'no/such-model' cannot be",

@@ -108,7 +108,7 @@ def pair_traces(
         plus, learn, max_per_problem:
             As for [`star_traces`].
         seed (`int`, *optional*, defaults to `42`):
-            Of the pairing.
+            Seed of the pairing.
 
     Returns:
         [`~datasets.Dataset`], as of [`star_traces`].
@@ -156,7 +156,7 @@ def tokenized(
 
     Args:
         traces ([`~datasets.Dataset`]):
-            Of [`star_traces`] or [`pair_traces`].
+            Traces from [`star_traces`] or [`pair_traces`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The one that the attempts were sampled with.
         correction_instruction (`str`):
@@ -212,7 +212,7 @@ class BaselineArguments(TaskArguments):
         max_per_problem (`int`, *optional*):
             Traces of each kind (i→c, c→c) to keep for a problem at most.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Of the sampling.
+            Sampling temperature.
         max_completion_length (`int`, *optional*, defaults to `1024`):
             Tokens of one attempt.
         sampling_batch_size (`int`, *optional*, defaults to `32`):
@@ -243,7 +243,7 @@ class BaselineArguments(TaskArguments):
     max_per_problem: int | None = field(
         default=None, metadata={"help": "Traces of each kind (i→c, c→c) to keep for a problem at most."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     max_completion_length: int = field(default=1024, metadata={"help": "Tokens of one attempt."})
     sampling_batch_size: int = field(default=32, metadata={"help": "Rollouts sampled at a time."})
     backend: str = field(
@@ -289,7 +289,7 @@ def run_baseline(
         arguments ([`BaselineArguments`]):
             The baseline.
         args (`~trl.SFTConfig`):
-            Of each fine-tuning. The last iteration's model is saved in `output_dir`, those before in `iteration-k`.
+            Configuration of each fine-tuning. The last iteration's model is saved in `output_dir`, those before in `iteration-k`.
         held_out ([`~datasets.Dataset`], *optional*):
             Problems that must not be among those that are learnt from.
 
@@ -393,7 +393,7 @@ def check_held_out(rollouts: list[dict], held_out: Dataset | None) -> None:
 
 def fine_tune(model: str, dataset: Dataset, args: SFTConfig, model_args: ModelConfig) -> int:
     """
-    TRL's `SFTTrainer` on tokenized traces; goes on from the last checkpoint in the output folder, if there is one.
+    TRL's `SFTTrainer` on tokenized traces; resumes from the last checkpoint in the output folder, if there is one.
 
     Returns:
         `int`: optimizer steps.

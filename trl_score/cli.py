@@ -277,7 +277,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0, 1 if something cannot be had or done, 2 for wrong arguments."""
+    """Run a command. Returns its exit code: 0, 1 for an error, reported in one line, 2 for wrong arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):

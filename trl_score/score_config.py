@@ -71,10 +71,10 @@ class SCoReConfig(GRPOConfig):
         kl_level (`str`, *optional*, defaults to `"token"`):
             Where the KL penalties stand. `"token"`: in the loss, for each token the KL of the next-token distributions.
             `"sequence"`: in the reward, before the baseline, for each attempt its log-ratio to the reference (Eq. 2 to the
-            letter, as in RLOO), so that a token also answers for what its attempt goes on with. It has more variance.
+            letter, as in RLOO), so each token is also penalized for the tokens that follow it. This has higher variance.
         reference_model_name_or_path (`str`, *optional*):
             Model to use as the reference in full fine-tuning when it is not the given model itself, for instance when
-            training goes on from a model that SCoRe has trained. It needs the same architecture. Not with ZeRO-3 and FSDP.
+            training starts from a model that SCoRe has trained. It needs the same architecture. Not with ZeRO-3 and FSDP.
 
         > Parameters that control evaluation and grading
 

@@ -220,7 +220,7 @@ class SCoReTrainer(GRPOTrainer):
         self._planned_steps = max(args.max_steps, 1)  # `max_steps` when the run began
         self._batch: Batch | None = None  # the one that is being made
         self._attempt: int | None = None  # the one that is being graded
-        self._uncounted: int | None = None  # rollouts of the evaluation that is going on
+        self._uncounted: int | None = None  # rollouts of the current evaluation
         self._kl_sums: Tensor | float = 0.0  # of that evaluation: KL and tokens of each attempt
         # Training and evaluation can have different columns, so each has a completions table of its own.
         self._tables = {"train": self._logs, "eval": deepcopy(self._logs)}
@@ -229,7 +229,7 @@ class SCoReTrainer(GRPOTrainer):
         self._reuses_cache = (
             args.reuse_cache
             and not (args.use_vllm or args.use_transformers_continuous_batching)
-            # There a process whose attempts have ended goes on as long as another one has not.
+            # With ZeRO-3 and FSDP, a process keeps generating until all processes have finished.
             and not is_sharded
             and can_reuse_cache(self.model)
         )

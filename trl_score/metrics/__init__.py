@@ -113,7 +113,7 @@ def bootstrap_intervals(
         resamples (`int`, *optional*, defaults to `10_000`):
             Number of draws.
         seed (`int`, *optional*, defaults to `0`):
-            Of the draws.
+            Seed of the draws.
 
     Returns:
         `np.ndarray` of shape `(2,)` or `(2, M)`: the limits; NaN where there is nothing to draw from.

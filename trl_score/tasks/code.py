@@ -150,7 +150,7 @@ class CodeTask(Task):
 
         Raises:
             `ValueError`: If there is no such split, or the tests of a row use a name that nothing defines.
-            `OSError`: If the rows cannot be had.
+            `OSError`: If the rows cannot be loaded.
         """
         if split not in self.splits:
             raise ValueError(f"Unknown split {split!r} of '{self.name}'. Expected one of: {sorted(self.splits)}.")

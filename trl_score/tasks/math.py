@@ -83,7 +83,7 @@ class MathTask(Task):
 
         Raises:
             `ValueError`: If there is no such split, or a gold answer cannot be parsed.
-            `OSError`: If the rows cannot be had.
+            `OSError`: If the rows cannot be loaded.
         """
         if split not in ("train", "test"):
             raise ValueError(f"Unknown split {split!r} of '{self.name}'. Expected one of: ['test', 'train'].")

@@ -68,7 +68,7 @@ def from_hub(name: str) -> Dataset:
     Rows as they are on the Hub, with a column `split`.
 
     Raises:
-        `OSError`: If they cannot be had, with what to do instead.
+        `OSError`: If they cannot be loaded, with what to do instead.
     """
     source = HUB[name]
     parts = []
@@ -77,7 +77,7 @@ def from_hub(name: str) -> Dataset:
             part = load_dataset(source.repository, name=source.config, revision=source.revision, split=split)
         except Exception as error:  # of whatever kind: no network, no such repository, no such split
             raise OSError(
-                f"The rows of '{name}' ({source.repository} at {source.revision[:7]}, split '{split}') cannot be had from "
+                f"The rows of '{name}' ({source.repository} at {source.revision[:7]}, split '{split}') cannot be loaded from "
                 f"the Hub: {str(error).splitlines()[0]} Set `data_dir` to a folder with {FILES.get(name, 'the files')} "
                 "to read them from there."
             ) from error
