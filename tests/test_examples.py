@@ -216,6 +216,7 @@ def test_baseline_on_the_embedded_task(tmp_path):
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "evaluation" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_ablations_write_their_table_and_figures(tmp_path):
     methods = ["base", "Self-Refine", "Pair-SFT D+", "single-attempt RL", "no online first attempts", "SCoRe"]
     arguments = ["--quick", *TINY_STUDY, "--output_dir", tmp_path, "--methods"]
@@ -232,6 +233,7 @@ def test_ablations_write_their_table_and_figures(tmp_path):
     assert not re.search(r"^arithmetic_base.*\d s$", again.stderr, re.M)  # nothing is run again
 
 
+@pytest.mark.slow
 def test_options_have_their_tokens_in_the_table(tmp_path):
     arguments = ["--quick", *TINY_STUDY, "--study", "options", "--output_dir", tmp_path, "--methods"]
     done = run(*arguments, "offline half, two updates", "SCoRe", script="experiments/ablations.py")

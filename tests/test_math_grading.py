@@ -358,6 +358,7 @@ def test_agreement_with_the_test_vectors_of_other_graders(grader):
 
 
 @needs_data
+@pytest.mark.slow
 def test_gold_answers_are_right_by_their_own_solutions():
     """What is loaded can be graded: the reference solution of every row scores 1."""
     for task in (Math(str(DATA)), GSM8K(str(DATA))):
