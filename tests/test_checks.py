@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -57,7 +58,10 @@ def base_model(**kwargs):
     "setting",
     [
         *({"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")),
-        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        pytest.param(
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+            marks=pytest.mark.skipif(find_spec("scipy") is None, reason="PEFT needs scipy for it"),
+        ),
         {"bias": "all"},
         {"bias": "lora_only"},
     ],
