@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 
 from trl_score import SCoReConfig, SCoReTrainer
-from trl_score.evaluation import disconnect
+from trl_score.records import disconnect
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 

@@ -318,7 +318,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if
     ],
 )
 def test_template_whose_end_of_turn_is_no_end_is_warned_about(name, closing):
-    """A base model with a chat template: it closes its turn, and generation goes on behind it."""
+    """A base model with a chat template: it closes its turn, and generation continues behind it."""
     tokenizer = make_tokenizer(TEMPLATES[name], eos_token="<base-eos>")
     [message] = check_template(tokenizer)
     assert f"ends the assistant's turn with '{closing}', but generation stops only at ['<base-eos>']" in message

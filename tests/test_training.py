@@ -101,7 +101,7 @@ def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
 def test_a_checkpoint_to_resume_is_found(tmp_path, asked, found):
     for name in ("checkpoint-9", "checkpoint-10", "renamed", "checkpoint-of-mine"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").touch()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-11").mkdir()
     asked = asked.format(folder=tmp_path) if isinstance(asked, str) else asked
     config = SCoReConfig(output_dir=str(tmp_path), bf16=False, resume_from_checkpoint=asked)

@@ -27,7 +27,8 @@ REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Largest KL of the first batch to the reference, nats per token. The same model on the same tokens twice differs by 0. Measured on
 # the embedded model: 1e-5 for a DoRA adapter at its start in bfloat16, 3e-5 for bfloat16 against float32 weights, up to 9e-5 for
-# bfloat16 in training mode against evaluation mode, 0 for LoRA in float32, bfloat16 and 4 bits, with dropout too; and on the other side 3e-5 for float32 weights that are off by 1 % of their spread, 6 for PiSSA, OLoRA and a merged adapter.
+# bfloat16 in training mode against evaluation mode, 0 for LoRA in float32, bfloat16 and 4 bits, with dropout too. On the other
+# side: 3e-5 for float32 weights that are off by 1 % of their spread, 6 for PiSSA, OLoRA and a merged adapter.
 MAX_START_KL = {"float32": 1e-5, "half": 5e-3}
 
 
@@ -468,9 +469,8 @@ class ContextCheck:
             rows = list(dataset.select(range(start, min(start + ROWS_AT_A_TIME, len(dataset)))))
             for offset, (row, ids) in enumerate(zip(rows, tokenize([row["prompt"] for row in rows]), strict=True)):
                 own = row.get("correction_instruction") or instruction
-                if (
-                    own not in between
-                ):  # hardly any template makes it depend on the prompt; each batch is checked to the token
+                # Hardly any template makes it depend on the prompt; each batch is checked to the token.
+                if own not in between:
                     [between[own]] = self.bridge_tokens([row["prompt"]], [own], num_attempts)
                 first = self.max_completion_length if first_attempts is None else first_attempts(row)
                 needed = len(ids) + first + (num_attempts - 1) * self.max_completion_length + between[own]

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .fingerprints import base_of_adapter, hub_arguments
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,28 @@ def neutral_generation(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     finally:
         for each, own in holders:
             each.generation_config = own
+
+
+def load_generation_config(name: str, **kwargs) -> GenerationConfig | None:
+    """
+    The `generation_config` of a model that is not loaded; `None` if it has none and its configuration names no end tokens.
+
+    Args:
+        name (`str`):
+            Hub id or folder of a model, or of an adapter, whose base model is looked at.
+        **kwargs:
+            As for `from_pretrained`: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`.
+    """
+    where = hub_arguments(kwargs)
+    name = base_of_adapter(name, **where) or name
+    try:
+        return GenerationConfig.from_pretrained(name, **where)
+    except OSError:  # it has no such file
+        try:
+            code = {"trust_remote_code": True} if kwargs.get("trust_remote_code") else {}
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **where, **code))
+        except (OSError, ValueError):
+            return None
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:

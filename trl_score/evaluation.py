@@ -15,7 +15,7 @@ import torch
 
 from .jobs import Job, as_task, sample_rollouts
 from .metrics import bootstrap_intervals, mcnemar, metric, self_correction_values
-from .records import SUMMARY, disconnect, load_rollouts  # noqa: F401 (the training script takes `disconnect` from here)
+from .records import SUMMARY, load_rollouts
 from .sampling import open_model
 from .tasks import Task
 

@@ -134,9 +134,8 @@ def sample_rollouts(
     for start in tqdm(own, desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
         batch = todo[start : start + size]
         missing = [i for i, item in enumerate(batch) if item not in store.done]
-        if (
-            missing
-        ):  # sampled with the whole batch, so that an interrupted run ends with the rollouts of one that was not
+        if missing:
+            # Sampled with the whole batch, so that an interrupted run ends with the rollouts of an uninterrupted one.
             rollouts = _sample_batch(job, sampler, batch, [prompts[index] for index, _ in batch])
             rows_of_batch = rows.select([batch[i][0] for i in missing])
             rollouts = [rollouts[i] for i in missing]

@@ -59,17 +59,14 @@ def whole_checkpoint(checkpoint: "str | os.PathLike | bool", output_dir: "str | 
         `ValueError`: if there is no such checkpoint, or it was not fully written.
     """
     if checkpoint is not True:
-        if not _is_whole(Path(checkpoint)):
+        if not is_whole(checkpoint):
             raise ValueError(
                 f"`resume_from_checkpoint={str(checkpoint)!r}` is not a whole checkpoint: `{TRAINER_STATE_NAME}`, which is "
                 "written last, is missing or unreadable. Resume from an earlier checkpoint."
             )
         return str(checkpoint)
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    steps = [path.name.removeprefix(prefix) for path in Path(output_dir).glob(f"{prefix}*")]
-    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
-        folder = Path(output_dir, f"{prefix}{step}")
-        if _is_whole(folder):
+    for folder in checkpoints(output_dir):
+        if is_whole(folder):
             return str(folder)
         logger.warning(f"'{folder}' was not fully written. Looking for an earlier checkpoint to resume from.")
     raise ValueError(
@@ -77,9 +74,18 @@ def whole_checkpoint(checkpoint: "str | os.PathLike | bool", output_dir: "str | 
     )
 
 
-def _is_whole(folder: Path) -> bool:
+def checkpoints(output_dir: "str | os.PathLike") -> list[Path]:
+    """The checkpoints of a run's folder, the last one first, also those that were not fully written."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = [path.name.removeprefix(prefix) for path in Path(output_dir).glob(f"{prefix}*")]
+    steps = sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
+    return [Path(output_dir, f"{prefix}{step}") for step in steps]
+
+
+def is_whole(folder: "str | os.PathLike") -> bool:
+    """Whether a checkpoint was fully written: `trainer_state.json`, the last file of it, can be read."""
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        json.loads(Path(folder, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True

@@ -16,7 +16,6 @@ from accelerate.utils import gather_object
 from huggingface_hub import InferenceClient
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,8 +25,15 @@ from transformers import (
 
 from . import fingerprints
 from .cache import can_reuse_cache, reused_cache
-from .decoding import Decoding, end_token_ids, keep_random_state, neutral_generation, with_end_token
-from .fingerprints import base_of_adapter, hub_arguments
+from .decoding import (
+    Decoding,
+    end_token_ids,
+    keep_random_state,
+    load_generation_config,
+    neutral_generation,
+    with_end_token,
+)
+from .fingerprints import hub_arguments
 from .records import processes
 from .rollout import Bridge, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
 from .tasks.base import text_of
@@ -295,7 +301,7 @@ class VLLMSampler(TokenSampler):
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")  # an engine starts on the first of them
             check_devices(gather_object([f"{platform.node()}, GPU {visible[0]}"]))
         rendering = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
-        self._set_tokenizer(*rendering, _generation_config(model, **kwargs))
+        self._set_tokenizer(*rendering, load_generation_config(model, **kwargs))
         self.sampling_params, self.llm = SamplingParams, LLM(model=model, **kwargs)
 
     def identity(self) -> dict:
@@ -457,7 +463,7 @@ def open_model(
             raise OSError(
                 f"The model '{model}' is not available: {str(error).splitlines()[0]} Give a folder or a Hub id."
             ) from error
-        tokenizer = with_end_token(tokenizer, _generation_config(model, **kwargs), model)
+        tokenizer = with_end_token(tokenizer, load_generation_config(model, **kwargs), model)
         shared |= {
             "tokenizer": fingerprints.of_tokenizer(tokenizer),
             "chat_template_kwargs": chat_template_kwargs,
@@ -477,20 +483,6 @@ def load_rendering(
         code = {"trust_remote_code": True} if kwargs.get("trust_remote_code") else {}
         tokenizer = AutoTokenizer.from_pretrained(name, **where, **code)
     return tokenizer, dict(chat_template_kwargs)
-
-
-def _generation_config(name: str, **kwargs) -> GenerationConfig | None:
-    """Of a model that is not loaded; `None` where it has none and its configuration names no end tokens."""
-    where = hub_arguments(kwargs)
-    name = base_of_adapter(name, **where) or name
-    try:
-        return GenerationConfig.from_pretrained(name, **where)
-    except OSError:  # it has no such file
-        try:
-            code = {"trust_remote_code": True} if kwargs.get("trust_remote_code") else {}
-            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **where, **code))
-        except (OSError, ValueError):
-            return None
 
 
 def checkpoint_identity(name: str, **kwargs) -> dict:

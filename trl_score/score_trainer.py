@@ -17,10 +17,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -50,7 +48,7 @@ from .checks import (
     named_datasets,
     warn_of_dropout,
 )
-from .decoding import Decoding, keep_random_state, neutral_generation, with_end_token
+from .decoding import Decoding, keep_random_state, load_generation_config, neutral_generation, with_end_token
 from .first_attempts import is_stored, sample_or_take, stored_attempts
 from .metrics import attempt_changes, self_correction_values
 from .model_card import write_model_card
@@ -266,11 +264,7 @@ class SCoReTrainer(GRPOTrainer):
             return processing_class
         if not isinstance(model, str):
             return with_end_token(processing_class, model.generation_config, name)
-        try:
-            generation_config = GenerationConfig.from_pretrained(name, revision=revision)
-        except OSError:  # a checkpoint without generation_config.json
-            generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **where))
-        return with_end_token(processing_class, generation_config, name)
+        return with_end_token(processing_class, load_generation_config(name, **where), name)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         arrange(self)
@@ -406,16 +400,14 @@ class SCoReTrainer(GRPOTrainer):
         batch.completions = [
             decode_attempts(self._tokenizer, prompts, rollouts, k + 1) for k in range(batch.num_attempts)
         ]
+        masked = batch.truncated(self.eos_token_ids) if self.args.mask_truncated_completions else None
+        batch.trained = batch.trained_ids(masked)
         return {
             "prompt_ids": rollouts.prompt_ids,
             "completion_ids": rollouts.completion_ids,
             "logprobs": rollouts.completion_logprobs,
-            "env_mask": [[int(k > 0) for k in row] for row in self._trained_ids()],
+            "env_mask": [[int(k > 0) for k in row] for row in batch.trained],
         }
-
-    def _trained_ids(self) -> list[list[int]]:
-        masked = self._batch.truncated(self.eos_token_ids) if self.args.mask_truncated_completions else None
-        return self._batch.trained_ids(masked)
 
     def _num_sampled(self, rows: int) -> int:
         """First attempts that the process which needs most of them samples: generation can be collective."""
@@ -510,7 +502,7 @@ class SCoReTrainer(GRPOTrainer):
         finally:
             del self._calculate_rewards  # the class's own is back
         length = output["completion_ids"].size(1)
-        output["attempt_ids"] = _padded(self._trained_ids(), length).to(self.accelerator.device)  # (B, T)
+        output["attempt_ids"] = _padded(batch.trained, length).to(self.accelerator.device)  # (B, T)
         advantages, weights = self._targets(output, batch.reward_by_function(self.reward_weights))
         output["advantages"] = spread_to_tokens(advantages[first_row : first_row + len(inputs)], output["attempt_ids"])
         output["kl_weights"] = spread_to_tokens(weights, output["attempt_ids"])
@@ -728,7 +720,7 @@ class SCoReTrainer(GRPOTrainer):
         if isinstance(model, ScoredTokens):
             model, scored = model.model, model.scored
         else:  # while a batch is made
-            scored = _padded(self._trained_ids(), logits_to_keep).to(input_ids.device)
+            scored = _padded(self._batch.trained, logits_to_keep).to(input_ids.device)
         unwrapped, found = self.accelerator.unwrap_model(model), []
         order = attention_mask.sum(1).argsort(stable=True)
         for rows in order.split(batch_size or len(order)):

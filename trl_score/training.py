@@ -21,11 +21,12 @@ from .callbacks import CollapseAlarm, KeepBestCheckpoint, trackers
 from .collection import with_first_attempts
 from .metrics import label
 from .records import disconnect, strict_json
+from .resuming import checkpoints, is_whole
 from .score_config import SCoReConfig
 from .score_trainer import SCoReTrainer
 from .tasks import TASKS, Arithmetic, Task, get_task
 from .tasks.arithmetic import BASE_MODEL_PATH
-from .tasks.base import first
+from .tasks.base import first, text_of
 
 
 SHOWN = ("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i")
@@ -243,15 +244,14 @@ def checkpoint_to_resume(args: SCoReConfig) -> str | None:
         `SystemExit`: If there is no such checkpoint, or if nothing is said and the output folder has some, with one sentence.
     """
     asked, folder = args.resume_from_checkpoint, Path(args.output_dir)
-    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).exists()]
-    found = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
+    found = [path for path in checkpoints(folder) if is_whole(path)]
     if str(asked).lower() == "true":
         if not found:
             sys.exit(
                 f"`--resume_from_checkpoint true` resumes from the last checkpoint in '{folder}', but there is none. Leave the "
                 "option out to start a run, or give another `--output_dir`."
             )
-        return str(max(found, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+        return str(found[0])
     if asked is None or str(asked).lower() == "false":
         if found:
             sys.exit(
@@ -259,7 +259,7 @@ def checkpoint_to_resume(args: SCoReConfig) -> str | None:
                 "start a new one with another `--output_dir`."
             )
         return None
-    if not Path(asked, TRAINER_STATE_NAME).exists():
+    if not is_whole(asked):
         sys.exit(
             f"`--resume_from_checkpoint {asked}` is no checkpoint: it has no {TRAINER_STATE_NAME}. Give the folder of a "
             "checkpoint, or `true` for the last one in the output folder."
@@ -290,13 +290,12 @@ def with_examples(reward, examples: dict[str, tuple], num_attempts: int):
         if attempt == 1:
             attempts[:] = [[] for _ in completions]
         for row, completion, value in zip(attempts, completions, rewards, strict=True):
-            row.append((completion if isinstance(completion, str) else completion[-1]["content"], value))
+            row.append((text_of(completion), value))
         if attempt == num_attempts:
             for prompt, row in zip(prompts, attempts, strict=True):
                 if all(value is not None for _, value in row):
                     kind = "→".join("c" if row[i][1] >= 1 else "i" for i in (0, -1))
-                    problem = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                    examples.setdefault(kind, (problem, [(text, value >= 1) for text, value in row]))
+                    examples.setdefault(kind, (text_of(prompt), [(text, value >= 1) for text, value in row]))
         return rewards
 
     return call

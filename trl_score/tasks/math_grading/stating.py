@@ -86,7 +86,7 @@ DENIED_AFTER = re.compile(
 MATH_MARKS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 WRAPPED = re.compile(r"^(?:\*+|\$+|\\\(|\\\[|`+|_{2})\s*(.*?)\s*(?:\*+|\$+|\\\)|\\\]|`+|_{2})$", re.DOTALL)
 EDGES = re.compile(r"^(?:\\[,;:! ]|~|\\q?quad\b)+|(?:\\[,;:!\\ ]|~|\\q?quad)+$|(?<!\\)\\$")
-ENDS = re.compile(r"""^\\?["“]|\\?["”]$|(?<![.,;:])[.,;:]$""")  # quotes, and one mark at the end: "3..." goes on
+ENDS = re.compile(r"""^\\?["“]|\\?["”]$|(?<![.,;:])[.,;:]$""")  # quotes, and one mark at the end: "3..." continues
 
 
 def unwrapped(answer: str) -> str:
