@@ -106,7 +106,9 @@ class Facts(Task):
         return Dataset.from_list(rows)
 
     def reward(self, completions, gold, **kwargs):
-        return [float(self.is_right(attempt[-1]["content"], word)) for attempt, word in zip(completions, gold, strict=True)]
+        return [
+            float(self.is_right(attempt[-1]["content"], word)) for attempt, word in zip(completions, gold, strict=True)
+        ]
 
     @staticmethod
     def is_right(text: str, word: str) -> bool:
@@ -128,7 +130,9 @@ class Lists(Task):
             Problems to train on; 500 are held out.
     """
 
-    correction_instruction = "There might be an error in the list above. Check it and write the correct list. Give only the list."
+    correction_instruction = (
+        "There might be an error in the list above. Check it and write the correct list. Give only the list."
+    )
     questions = {
         "sort": "Sort these numbers in ascending order: {}. Give only the sorted list.",
         "reverse": "Write these words in reverse order: {}. Give only the list.",
