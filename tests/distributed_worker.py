@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, set_seed
 
 from trl_score import KeepBestCheckpoint, SCoReConfig, SCoReTrainer
-from trl_score.checks import TRAINED_FLAG
 from trl_score.records import disconnect
+from trl_score.reference import TRAINED_FLAG
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from test_score_trainer import per_token_gradient, rollouts
 
-from trl_score.first_attempts import attempt_tokens, sample_or_take, stored_attempts
+from trl_score.first_attempts import attempt_tokens, most_sampled, sample_or_take, stored_attempts
 from trl_score.objective import leave_one_out_advantages
 from trl_score.tasks import Arithmetic
 
@@ -111,7 +111,8 @@ def test_a_process_without_a_row_to_sample_takes_part_in_the_generation(make_ari
     calls = []
     trainer._generate_single_turn = lambda ids, *_, **__: (calls.append(ids) or [[7]] * len(ids), None)
     sample = lambda contexts, num_generations: trainer._generate_single_turn(contexts)  # noqa: E731
-    taken = sample_or_take([[5], [6]], [[1, 2], [3]], sample, trainer._num_sampled)
+    most = most_sampled(2, trainer.accelerator.num_processes, trainer.args)
+    taken = sample_or_take([[5], [6]], [[1, 2], [3]], sample, most)
     assert taken == ([[1, 2], [3]], None)
     assert calls == [[[5], [5]]]
 

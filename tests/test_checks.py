@@ -21,17 +21,10 @@ from peft import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from trl.trainer.utils import create_model_from_path
 
-from trl_score.checks import (
-    ContextCheck,
-    check_adapter,
-    check_devices,
-    check_reference_is_fixed,
-    check_schedule,
-    check_start,
-    length_of_run,
-    warn_of_dropout,
-)
+from trl_score.checks import check_devices, check_schedule, length_of_run, warn_of_dropout
+from trl_score.context import ContextCheck
 from trl_score.objective import Stage, stage_one, stage_two, two_stages
+from trl_score.reference import check_adapter, check_reference_is_fixed, check_start
 from trl_score.rollout import Bridge
 from trl_score.score_trainer import SCoReTrainer
 from trl_score.tasks import Arithmetic
@@ -440,7 +433,7 @@ def long_rows(at, number=30, **columns):
 def test_a_row_that_does_not_fit_the_context_is_refused_wherever_it_stands(
     make_arithmetic_trainer, where, at, monkeypatch
 ):
-    monkeypatch.setattr("trl_score.checks.ROWS_AT_A_TIME", 8)
+    monkeypatch.setattr("trl_score.context.ROWS_AT_A_TIME", 8)
     rows = Dataset.from_list(long_rows(at))
     name = where.partition("[")[0]
     options = {name: {"easy": Arithmetic().load("test"), "hard": rows} if "hard" in where else rows}
@@ -476,7 +469,7 @@ def test_how_many_rows_are_too_long_is_said(make_arithmetic_trainer):
 
 
 def test_a_streamed_row_that_does_not_fit_stops_when_it_comes(make_arithmetic_trainer, monkeypatch):
-    monkeypatch.setattr("trl_score.checks.STREAMED_ROWS", 4)
+    monkeypatch.setattr("trl_score.context.STREAMED_ROWS", 4)
     rows = stream(long_rows(5))
     trainer = make_arithmetic_trainer({"train_dataset": rows, "eval_dataset": None}, shuffle_dataset=False)
     with pytest.raises(ValueError, match=r"a prompt of 62 tokens \(row \d of a batch\)"):
@@ -530,7 +523,7 @@ def test_loading_options_reach_tokenizer_and_reference(make_arithmetic_trainer, 
         asked.append(kwargs)
         return AutoTokenizer.from_pretrained(name)
 
-    monkeypatch.setattr("trl_score.score_trainer.AutoProcessor.from_pretrained", load)
+    monkeypatch.setattr("trl_score.decoding.AutoProcessor.from_pretrained", load)
     kwargs = {"trust_remote_code": True, "revision": "main", "attn_implementation": "eager"}
     loaded = []
 
@@ -539,7 +532,7 @@ def test_loading_options_reach_tokenizer_and_reference(make_arithmetic_trainer, 
         return create_model_from_path(name, **kwargs)
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", create)
-    monkeypatch.setattr("trl_score.score_trainer.create_model_from_path", create)
+    monkeypatch.setattr("trl_score.reference.create_model_from_path", create)
     trainer = make_arithmetic_trainer(
         {"model": str(tmp_path / "model")}, model_init_kwargs=kwargs, reference_model_name_or_path=str(BASE_MODEL_PATH)
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trl_score.checks import check_shards
+from trl_score.reference import check_shards
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 

@@ -34,6 +34,8 @@ class Batch:
             Filled in by generation: for each attempt, `B` texts or chat messages, as the reward functions see them.
         trained (`list[list[int]]`):
             Filled in by generation: [`Batch.trained_ids`] of each row.
+        attempt (`int`):
+            The attempt that is being graded, from 1.
         rewards (`list[torch.Tensor]`):
             Filled in by grading: for each attempt, a tensor of shape `(B of all processes, number of reward functions)`, NaN
             where a function abstained.
@@ -48,6 +50,7 @@ class Batch:
     rollouts: Rollouts | None = None
     completions: list[list] = field(default_factory=list)
     trained: list[list[int]] = field(default_factory=list)
+    attempt: int | None = None
     rewards: list[Tensor] = field(default_factory=list)
 
     def truncated(self, eos_token_ids: set[int]) -> list[list[bool]]:

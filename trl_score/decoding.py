@@ -7,15 +7,39 @@ only the special tokens are used: with the rest, a measurement would be of anoth
 import copy
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from .fingerprints import base_of_adapter, hub_arguments
+
+
+# Of `generation_kwargs`: what does not change the distribution that attempts are sampled from ..
+TECHNICAL_GENERATION_KWARGS = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "stop", "stop_strings", "stop_token_ids", "tokenizer", "seed"),
+    *("max_length", "max_new_tokens", "max_tokens", "max_time", "use_cache", "cache_implementation", "cache_config"),
+    *("disable_compile", "compile_config", "prefill_chunk_size", "low_memory", "detokenize", "skip_special_tokens"),
+    *("logprobs", "prompt_logprobs", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+    *("return_dict_in_generate", "return_legacy_cache", "synced_gpus"),
+}
+# .. and the values with which the rest does not change it either. All others are neutral as None.
+NEUTRAL_GENERATION_KWARGS = {
+    **{"do_sample": True, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0},
+    **{"eta_cutoff": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1},
+    **{"num_return_sequences": 1, "n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0},
+    **{"renormalize_logits": False, "remove_invalid_values": False, "guidance_scale": 1.0, "length_penalty": 1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +99,43 @@ def neutral_generation(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             each.generation_config = own
 
 
+@contextmanager
+def trainer_decoding(trainer, mode: str) -> Iterator[None]:
+    """
+    Within this context a trainer generates from the policy's own distribution, whatever the checkpoint's `generation_config` says.
+    Evaluation decodes at `eval_temperature`, and ignores options that cut the distribution in training.
+
+    Args:
+        trainer ([`~trl_score.SCoReTrainer`]):
+            The trainer that generates, by transformers or by vLLM.
+        mode (`str`):
+            `"train"` or `"eval"`.
+    """
+    with ExitStack() as stack:
+        if not trainer.use_vllm:
+            stack.enter_context(neutral_generation(trainer.accelerator.unwrap_model(trainer.model)))
+        if mode == "eval":
+            holder, settings = _evaluation_settings(trainer)
+            before = {name: getattr(holder, name) for name in settings}
+            stack.callback(vars(holder).update, before)
+            vars(holder).update(settings)
+        yield
+
+
+def _evaluation_settings(trainer) -> tuple[object, dict]:
+    """The object from which TRL reads how to generate, and its attributes in evaluation."""
+    args = trainer.args
+    decoding = Decoding(args.eval_temperature, max_completion_length=trainer.max_completion_length)
+    given = args.generation_kwargs or {}
+    technical = {name: given[name] for name in given.keys() & TECHNICAL_GENERATION_KWARGS}
+    if trainer.use_vllm:
+        neutral = {"temperature": decoding.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        return trainer.vllm_generation, neutral | {"repetition_penalty": 1.0, "generation_kwargs": technical}
+    config = decoding.generation_config(trainer.eos_token_ids, trainer._tokenizer.pad_token_id)
+    config.update(**technical, cache_implementation=args.cache_implementation, disable_compile=True)
+    return trainer, {"generation_config": config, "generation_kwargs": config.to_diff_dict()}
+
+
 def load_generation_config(name: str, **kwargs) -> GenerationConfig | None:
     """
     The `generation_config` of a model that is not loaded; `None` if it has none and its configuration names no end tokens.
@@ -125,6 +186,36 @@ def with_end_token(
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
+
+
+def trainer_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, model: str | PreTrainedModel, name: str, **kwargs
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a model to be trained, with an end-of-sequence token.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The given one. By default it is loaded as [`~trl.GRPOTrainer`] loads it.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The model, which names the end-of-sequence token if the tokenizer has none.
+        name (`str`):
+            Folder or Hub id of the model.
+        **kwargs:
+            Arguments of `from_pretrained`: `revision`, `trust_remote_code`.
+
+    Raises:
+        `ValueError`: for a processor of images, or if neither the tokenizer nor the model has an end-of-sequence token.
+    """
+    if tokenizer is None:
+        tokenizer = AutoProcessor.from_pretrained(name, truncation_side="left", padding_side="left", **kwargs)
+    if isinstance(tokenizer, ProcessorMixin):
+        raise ValueError("Images are not supported by SCoRe. Pass a tokenizer as `processing_class`.")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.eos_token_id is not None:
+        return tokenizer
+    is_loaded = not isinstance(model, str)
+    generation = model.generation_config if is_loaded else load_generation_config(name, **kwargs)
+    return with_end_token(tokenizer, generation, name)
 
 
 @contextmanager

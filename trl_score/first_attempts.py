@@ -16,6 +16,15 @@ def is_stored(index: int, args: SCoReConfig) -> bool:
     return index % args.num_generations >= args.num_generations - args.num_offline
 
 
+def most_sampled(rows: int, num_processes: int, args: SCoReConfig) -> int:
+    """
+    First attempts that the process which needs most of them samples, with `rows` rows on each process. Generation can be
+    collective, so all processes sample as many.
+    """
+    starts = range(0, num_processes * rows, rows)
+    return max(sum(not is_stored(start + i, args) for i in range(rows)) for start in starts)
+
+
 def attempt_tokens(attempt: str | list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     is_text = isinstance(attempt, str)
     return tokenizer(text=attempt, add_special_tokens=False)["input_ids"] if is_text else list(attempt)
@@ -44,15 +53,31 @@ def sample_or_take(
     contexts: list[list[int]],
     stored: list[list[int] | None],
     sample: Callable[[list[list[int]], int], Sampled],
-    num_sampled: Callable[[int], int],
+    num_sampled: int,
 ) -> Sampled:
-    """First attempts: the stored ones, and sampled ones for the other rows."""
+    """
+    First attempts of this process.
+
+    Args:
+        contexts (`list[list[int]]`):
+            Token ids of `B` prompts.
+        stored (`list[list[int] | None]`):
+            For each row its stored first attempt, `None` for one to be sampled.
+        sample (`Callable[[list[list[int]], int], Sampled]`):
+            From contexts and the number of attempts at each to token ids, and their log-probabilities or `None`.
+        num_sampled (`int`):
+            [`most_sampled`]: at least the number of rows without a stored attempt. The rest is sampled and thrown away.
+
+    Returns:
+        `tuple[list[list[int]], list[list[float]] | None]`: token ids of `B` attempts and their log-probabilities, 0.0 for
+        stored ones.
+    """
     attempts = list(stored)
     logprobs = [[0.0] * len(ids or []) for ids in attempts]
     online = [i for i, ids in enumerate(attempts) if ids is None]
     values = None
-    if most := num_sampled(len(contexts)):
-        sampled, values = sample([contexts[i] for i in online + [0] * (most - len(online))], 1)
+    if num_sampled:
+        sampled, values = sample([contexts[i] for i in online + [0] * (num_sampled - len(online))], 1)
         for position, i in enumerate(online):
             attempts[i] = sampled[position]
             logprobs[i] = values[position] if values is not None else []

@@ -359,3 +359,45 @@ def sum_per_attempt(token_values: Tensor, attempt_ids: Tensor, num_attempts: int
     attempts = torch.arange(1, num_attempts + 1, device=attempt_ids.device)
     is_attempt = attempt_ids.unsqueeze(-1) == attempts  # (B, T, K)
     return torch.where(is_attempt, token_values.unsqueeze(-1), 0.0).sum(1)
+
+
+def importance_ratios(
+    log_ratio: Tensor,
+    attempt_ids: Tensor,
+    num_attempts: int,
+    *,
+    low: float | None,
+    high: float | None,
+    is_masked: bool,
+) -> Tensor:
+    """
+    Importance ratio of each attempt as a whole, between the policy as it is trained and as vLLM sampled it. TRL has one such
+    ratio for a row, which would be a product over all attempts.
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(B, T)`):
+            Log-ratio of each token, nats.
+        attempt_ids (`torch.Tensor` of shape `(B, T)`):
+            Attempt of each token, 0 at instruction and padding.
+        num_attempts (`int`):
+            Attempts in a rollout.
+        low, high (`float`, *optional*):
+            Bounds of the ratio; `None` for no bound.
+        is_masked (`bool`):
+            Whether a ratio outside of the bounds becomes 0 instead of the bound.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: for each token the ratio of its attempt, 0 at instruction and padding.
+
+    Example:
+    ```python
+    >>> log_ratio, ids = torch.tensor([[0.1, 0.1, 5.0, 2.0]]), torch.tensor([[1, 1, 0, 2]])
+    >>> importance_ratios(log_ratio, ids, 2, low=None, high=3.0, is_masked=False)
+    tensor([[1.2214, 1.2214, 0.0000, 3.0000]])
+    ```
+    """
+    ratio = sum_per_attempt(log_ratio, attempt_ids, num_attempts).exp()  # (B, K)
+    bounded = ratio if low is None and high is None else ratio.clamp(low, high)
+    if is_masked:
+        bounded = torch.where(ratio == bounded, ratio, 0.0)
+    return spread_to_tokens(bounded, attempt_ids)

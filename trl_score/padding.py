@@ -61,6 +61,48 @@ def width(attention_mask: Tensor, logits_to_keep: int) -> tuple[int, int]:
     return min(int(used[0]), first_completion - 1), max(int(used[-1]), first_completion) + 1
 
 
+def compute_by_length(
+    compute: Callable[[Tensor, Tensor, Tensor], tuple],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    scored: Tensor,
+    batch_size: int | None = None,
+) -> tuple:
+    """
+    Compute values of the tokens after the prompts, for rows of similar length together, each micro-batch trimmed to its own width.
+
+    Args:
+        compute (`Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple]`):
+            From the ids, the mask and the scored tokens of a micro-batch to results, each of them `None`, a scalar that is a
+            mean, or one value for each token after the prompt.
+        input_ids, attention_mask (`torch.Tensor` of shape `(B, P + T)`):
+            Prompts padded on the left, and `T` tokens padded on the right.
+        scored (`torch.Tensor` of shape `(B, T)`):
+            Whether a token after the prompt is scored.
+        batch_size (`int`, *optional*):
+            Rows of a micro-batch; all rows by default.
+
+    Returns:
+        `tuple`: the results of all rows in their given order, those for each token of shape `(B, T)`.
+    """
+    found, number = [], scored.size(1)
+    order = attention_mask.sum(1).argsort(stable=True)
+    for rows in order.split(batch_size or len(order)):
+        first, end = width(attention_mask[rows], number)
+        left_out = attention_mask.size(1) - end
+        results = compute(
+            input_ids[rows, first:end], attention_mask[rows, first:end], scored[rows, : number - left_out]
+        )
+        found.append([
+            nn.functional.pad(each, (0, left_out)) if each is not None and each.dim() > 0 else each for each in results
+        ])  # fmt: skip
+    back = order.argsort()
+    return tuple(
+        None if each[0] is None else torch.cat(each)[back] if each[0].dim() > 0 else torch.stack(each).mean()
+        for each in zip(*found, strict=True)
+    )
+
+
 def by_length(batches: list[dict[str, Tensor]], steps: int) -> list[dict[str, Tensor]]:
     """
     The rows of the micro-batches of each optimizer step, sorted by length. Which rows belong to a step stays as it was, so the

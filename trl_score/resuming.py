@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
-from datasets import IterableDataset
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
+from datasets import Dataset, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
 
+from .callbacks import arrange, checkpoint_to_load
 from .objective import resolve_stage1_steps
 
 
@@ -43,6 +45,55 @@ ROLLOUT_SETTINGS = (
     "use_vllm",
     "vllm_importance_sampling_correction",
 )
+
+
+class ResumableTrainer(GRPOTrainer):
+    """The hooks of [`~trl_score.SCoReTrainer`] that start, save and resume a run."""
+
+    def _new_run(self, max_steps: int):
+        """The run's own state, at its start."""
+        self._planned_steps = max_steps  # `max_steps` when the run began
+        self._stage1_beta = self.args.stage1_beta  # of the next batch
+        self._num_generated_tokens = 0  # of all processes, in training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        arrange(self)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if (folder := checkpoint_to_load(self.callback_handler.callbacks, self.args, self.state)) is not None:
+            self.state.best_model_checkpoint = folder
+            self._load_best_model()
+        return output
+
+    def _get_train_sampler(self, dataset: Dataset | None = None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return start_run(self, max_steps, resume_from_checkpoint, *place)
+
+    def _save_checkpoint(self, model, trial):
+        save_run(self, Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # `trainer_state.json` is next, and says that all files are there
+
+    def _load_best_model(self):
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        whole = [] if sharded else [each.data for each in self.model.parameters() if each.requires_grad]
+        if sharded or self.is_world_process_zero():  # another node may not see the files
+            super()._load_best_model()
+        for weights in whole:
+            broadcast(weights)
+        self._last_loaded_step = -1  # vLLM has other weights of the same step
 
 
 def whole_checkpoint(checkpoint: "str | os.PathLike | bool", output_dir: "str | os.PathLike") -> str:
@@ -139,9 +190,7 @@ def start_run(trainer, max_steps: int, checkpoint: str | None, epoch: int, batch
     Returns:
         `tuple[int, int]`: the epoch to start in, and the number of its micro-batches to skip.
     """
-    trainer._planned_steps = max_steps
-    trainer._stage1_beta = trainer.args.stage1_beta
-    trainer._num_generated_tokens = 0
+    trainer._new_run(max_steps)
     trainer._step, trainer._buffered_inputs = 0, None
     trainer._last_loaded_step = -1  # vLLM may hold other weights of the same step
     if checkpoint is None:

@@ -5,22 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-
-# Of `generation_kwargs`: what does not change the distribution that attempts are sampled from ..
-TECHNICAL_GENERATION_KWARGS = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "stop", "stop_strings", "stop_token_ids", "tokenizer", "seed"),
-    *("max_length", "max_new_tokens", "max_tokens", "max_time", "use_cache", "cache_implementation", "cache_config"),
-    *("disable_compile", "compile_config", "prefill_chunk_size", "low_memory", "detokenize", "skip_special_tokens"),
-    *("logprobs", "prompt_logprobs", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
-    *("return_dict_in_generate", "return_legacy_cache", "synced_gpus"),
-}
-# .. and the values with which the rest does not change it either. All others are neutral as None.
-NEUTRAL_GENERATION_KWARGS = {
-    **{"do_sample": True, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0},
-    **{"eta_cutoff": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1},
-    **{"num_return_sequences": 1, "n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0},
-    **{"renormalize_logits": False, "remove_invalid_values": False, "guidance_scale": 1.0, "length_penalty": 1.0},
-}
+from .decoding import NEUTRAL_GENERATION_KWARGS, TECHNICAL_GENERATION_KWARGS
 
 
 @dataclass

@@ -1,0 +1,205 @@
+"""All attempts at a problem fit the model's context: every row of the data is checked at construction, every batch when it is sampled."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from datasets import Dataset, IterableDataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from trl import is_conversational
+
+from .checks import named_datasets
+from .first_attempts import attempt_tokens
+from .rollout import Bridge
+from .score_config import SCoReConfig
+
+
+ROWS_AT_A_TIME = 1000  # prompts tokenized in one call
+STREAMED_ROWS = 100  # read from a streamed dataset to check it; the rest is checked batch by batch
+
+
+def context_limit(config: PretrainedConfig, args: SCoReConfig) -> int | None:
+    """Tokens that the model, and vLLM if it samples, can read; `None` if there is no limit."""
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None)]
+    limits += [args.vllm_max_model_length] if args.use_vllm else []
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """The longest that a rollout can become, in tokens: its prompt, its first attempt, the attempts after it and all bridges."""
+
+    where: str
+    prompt: int
+    first: int
+    others: int
+    bridges: int
+
+    @property
+    def needed(self) -> int:
+        return self.prompt + self.first + self.others + self.bridges
+
+
+class ContextCheck:
+    """
+    Refuses rollouts that can become longer than the model's context.
+
+    Args:
+        limit (`int`, *optional*):
+            Tokens of the model's context; `None` if it has no limit.
+        max_completion_length (`int`):
+            Tokens of one attempt.
+        bridge ([`~trl_score.rollout.Bridge`]):
+            Tokens between two attempts.
+    """
+
+    def __init__(self, limit: int | None, max_completion_length: int, bridge: Bridge):
+        self.limit, self.max_completion_length, self.bridge = limit, max_completion_length, bridge
+
+    def bridge_tokens(self, prompts: list, instructions: list[str], num_attempts: int) -> list[int]:
+        """Tokens of all bridges of each rollout."""
+        empty = [[] for _ in prompts]
+        each = [self.bridge(prompts, instructions, attempt, empty) for attempt in range(1, num_attempts)]
+        return [sum(map(len, row)) for row in zip(*each, strict=True)] if each else [0] * len(prompts)
+
+    def check_batch(
+        self,
+        prompts: list,
+        prompt_ids: list[list[int]],
+        instructions: list[str],
+        num_attempts: int,
+        stored: list[list[int] | None],
+        largest: Callable[[int], int],
+    ):
+        """
+        Check a batch of rollouts.
+
+        Args:
+            prompts, prompt_ids, instructions (`list`):
+                `B` prompts, their tokens, and their correction instructions.
+            num_attempts (`int`):
+                Attempts in a rollout.
+            stored (`list[list[int] | None]`):
+                `B` stored first attempts, `None` for one that is sampled.
+            largest (`Callable[[int], int]`):
+                The largest of the numbers of all processes: they stop together, so that none waits for one that has stopped.
+        """
+        if self.limit is None:
+            return
+        others = (num_attempts - 1) * self.max_completion_length
+        bridges = self.bridge_tokens(prompts, instructions, num_attempts)
+        rollouts = [
+            _Rollout(f"row {row} of a batch", len(ids), self._longest(own), others, between)
+            for row, (ids, own, between) in enumerate(zip(prompt_ids, stored, bridges, strict=True))
+        ]
+        longest = max(rollouts, key=lambda rollout: rollout.needed)
+        most = largest(longest.needed)
+        if most > self.limit:
+            where = longest.where if longest.needed == most else "a row of another process"
+            self._refuse(replace(longest, where=where), most, num_attempts)
+
+    def _longest(self, stored: list[int] | None) -> int:
+        return self.max_completion_length if stored is None else len(stored)
+
+    def check_datasets(self, train_dataset, eval_dataset, args: SCoReConfig, tokenize: Callable):
+        """
+        Check the rows of all datasets.
+
+        Args:
+            train_dataset, eval_dataset:
+                The trainer's.
+            args ([`SCoReConfig`]):
+                Settings.
+            tokenize (`Callable[[list], list[list[int]]]`):
+                Token ids of a list of prompts.
+        """
+        for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+            if name == "train_dataset":
+                first = longest_first_attempt(args, self.bridge.tokenizer)
+                self.check_rows(name, dataset, tokenize, args.correction_instruction, args.num_attempts, first)
+            else:
+                self.check_rows(name, dataset, tokenize, args.correction_instruction, args.num_attempts_eval)
+
+    def check_rows(
+        self,
+        name: str,
+        dataset: Dataset | IterableDataset,
+        tokenize: Callable[[list], list[list[int]]],
+        instruction: str,
+        num_attempts: int,
+        first_attempt: Callable[[dict], int] | None = None,
+    ):
+        """
+        Check all rows of a dataset, or the first rows of a streamed one.
+
+        Args:
+            name (`str`):
+                Name of the dataset in errors.
+            dataset (`~datasets.Dataset` or `~datasets.IterableDataset`):
+                The rows.
+            tokenize (`Callable`):
+                Token ids of a list of prompts.
+            instruction (`str`):
+                The correction instruction of rows without one.
+            num_attempts (`int`):
+                Attempts in a rollout.
+            first_attempt (`Callable[[dict], int]`, *optional*):
+                Tokens that the longest first attempt of a row can have; `max_completion_length` if not given.
+        """
+        columns = ("prompt", "correction_instruction", "first_attempts")
+        if isinstance(dataset, IterableDataset):
+            rows = [{key: row[key] for key in columns if key in row} for row in dataset.take(STREAMED_ROWS)]
+            dataset = Dataset.from_list(rows)
+        dataset = dataset.select_columns([each for each in columns if each in dataset.column_names])
+        row = dataset[0]
+        if is_conversational(row) and self.bridge.tokenizer.chat_template is None:
+            raise ValueError(
+                "The dataset's prompts are chat messages, but the tokenizer has no chat template. Use a tokenizer that has "
+                "one, set `tokenizer.chat_template`, or give the prompts as text."
+            )
+        self.bridge_tokens([row["prompt"]], [row.get("correction_instruction") or instruction], num_attempts)
+        if self.limit is None:
+            return
+        others = (num_attempts - 1) * self.max_completion_length
+        too_long, between = [], {}
+        for index, (row, length) in enumerate(_with_lengths(dataset, tokenize)):
+            own = row.get("correction_instruction") or instruction
+            if (
+                own not in between
+            ):  # hardly any template makes it depend on the prompt; each batch is checked to the token
+                [between[own]] = self.bridge_tokens([row["prompt"]], [own], num_attempts)
+            first = self.max_completion_length if first_attempt is None else first_attempt(row)
+            rollout = _Rollout(f"row {index} of `{name}`", length, first, others, between[own])
+            if rollout.needed > self.limit:
+                too_long.append(rollout)
+        if too_long:
+            longest = max(too_long, key=lambda rollout: rollout.needed)
+            more = f" {len(too_long)} rows of `{name}` are too long." if len(too_long) > 1 else ""
+            self._refuse(longest, longest.needed, num_attempts, more)
+
+    def _refuse(self, rollout: _Rollout, needed: int, num_attempts: int, more: str = ""):
+        length = self.max_completion_length
+        attempts = f"{num_attempts} attempts of up to {length} tokens (`max_completion_length` holds for each)"
+        if rollout.first != length:
+            attempts = (
+                f"a stored first attempt of up to {rollout.first} tokens, {num_attempts - 1} more of up to {length}"
+            )
+        raise ValueError(
+            f"The model's context of {self.limit} tokens is too short: a prompt of {rollout.prompt} tokens ({rollout.where}), "
+            f"{attempts} and {rollout.bridges} tokens of correction instructions need {needed}.{more} Lower "
+            "`max_completion_length` or drop the longest rows."
+        )
+
+
+def _with_lengths(dataset: Dataset, tokenize: Callable) -> Iterator[tuple[dict, int]]:
+    """Each row with the number of tokens of its prompt."""
+    for start in range(0, len(dataset), ROWS_AT_A_TIME):
+        rows = list(dataset.select(range(start, min(start + ROWS_AT_A_TIME, len(dataset)))))
+        yield from zip(rows, map(len, tokenize([row["prompt"] for row in rows])), strict=True)
+
+
+def longest_first_attempt(args: SCoReConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[dict], int] | None:
+    """How long the first attempts of a row can be: its stored ones, and the sampled ones unless all are stored."""
+    if not args.num_offline:
+        return None
+    sampled = args.max_completion_length if args.num_offline < args.num_generations else 0
+    return lambda row: max(sampled, *(len(attempt_tokens(attempt, tokenizer)) for attempt in row["first_attempts"]))
