@@ -23,10 +23,7 @@ sys.path.pop(0)  # this folder: to Python its code.py would be the standard libr
 
 from pathlib import Path
 
-from trl import ModelConfig, TrlParser
-
-from trl_score import SCoReConfig
-from trl_score.training import TrainArguments, load_task, train
+from trl_score import training
 
 
 PAPER = ["--config", str(Path(__file__).parent / "configs" / "mbpp.yaml")]
@@ -36,23 +33,7 @@ def main():
     arguments = sys.argv[1:]
     if "--config" not in {argument.split("=")[0] for argument in arguments}:
         arguments = PAPER + arguments
-    parser = TrlParser((TrainArguments, SCoReConfig, ModelConfig))
-    task_args, args, model_args = parser.parse_args_and_config(arguments)
-    if model_args.model_name_or_path is None:
-        sys.exit("Which model? Give --model_name_or_path: a Hub id or a folder.")
-    task_args.task = task_args.task or "mbpp"
-    task, train_rows, eval_rows = load_task(task_args, model_args)
-    names = (task.name, task_args.eval_task)
-    train(
-        train_rows,
-        eval_rows,
-        task.reward,
-        args,
-        model_args,
-        task.correction_instruction,
-        *names,
-        task_args.callbacks(),
-    )
+    training.main(arguments)
 
 
 if __name__ == "__main__":

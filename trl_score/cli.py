@@ -1,5 +1,5 @@
 """
-The command line: `trl-score train | baselines | collect | evaluate | scale | report | env`.
+The command line: `trl-score train | baselines | collect | check | evaluate | scale | report | tasks | configs | env`.
 
 Each command parses its arguments, calls one function and prints what it returns. Everything heavy is imported inside, so that
 `--help` is instant.
@@ -10,180 +10,103 @@ import importlib.metadata
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+
+from .arguments import CheckArguments, CollectArguments, EvaluateArguments, ScaleArguments
 
 
 COMMANDS = {
     "train": "train a model to correct itself; takes accelerate's launch arguments too",
     "baselines": "fine-tune by STaR or Pair-SFT instead; takes accelerate's launch arguments too",
+    "tasks": "list the tasks; with a name, show the problems, the prompt, the instruction and the grader",
+    "configs": "list the configurations for --config; with a name, print it",
+    "check": "say before training whether a model, a task and an instruction are worth it",
     "collect": "sample and grade a model's attempts at problems to train on",
     "evaluate": "measure a model's attempts at a task's problems",
     "scale": "vote over first attempts against corrected ones, at equal numbers of samples",
     "report": "one HTML page from runs and evaluations",
     "env": "versions and hardware, for a bug report",
 }
-
-
-@dataclass
-class SampleArguments:
-    """What `evaluate`, `scale` and `collect` share: the arguments of [`~trl_score.evaluation.evaluate_self_correction`]."""
-
-    model: str | None = field(default=None, metadata={"help": "Hub id or folder of a model or an adapter."})
-    task: str | None = field(default=None, metadata={"help": "Name of the task."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the results. Rollouts of the same settings in it are reused."}
-    )
-    split: str = field(default="test", metadata={"help": "Split of the task that the problems are from."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with the task's rows as JSON lines. By default, from the Hub."}
-    )
-    top_p: float = field(
-        default=1.0, metadata={"help": "Sample from the most likely tokens whose probabilities add up to this share."}
-    )
-    max_completion_length: int = field(default=1024, metadata={"help": "Tokens of one attempt."})
-    correction_instruction: str | None = field(
-        default=None, metadata={"help": "The user's turn between the attempts, if not the task's."}
-    )
-    chat_template_kwargs: str | None = field(
-        default=None,
-        metadata={
-            "help": "Further arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'. By default, "
-            "those the model was trained with."
-        },
-    )
-    batch_size: int = field(default=32, metadata={"help": "Rollouts at a time."})
-    limit: int | None = field(default=None, metadata={"help": "Use the first problems only."})
-    seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
-    backend: str = field(
-        default="transformers",
-        metadata={"help": "Where attempts come from.", "choices": ["transformers", "vllm", "endpoint"]},
-    )
-    base_url: str | None = field(
-        default=None, metadata={"help": "Address of the endpoint, such as http://127.0.0.1:8000/v1."}
-    )
-    extra_body: str | None = field(
-        default=None, metadata={"help": "Further fields of each request to the endpoint, as JSON."}
-    )
-    dtype: str | None = field(default=None, metadata={"help": "Type of the weights, such as bfloat16."})
-    revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of the model on the Hub."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention implementation, such as flash_attention_2 (transformers only)."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that a model's repository brings along."}
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantize the model to 4 bits (NF4, bitsandbytes; transformers only)."}
-    )
-
-
-@dataclass
-class EvaluateArguments(SampleArguments):
-    num_attempts: int = field(default=2, metadata={"help": "Attempts in a rollout, up to 10 in the paper."})
-    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
-    num_samples: int = field(default=1, metadata={"help": "Rollouts per problem; more than one need a temperature."})
-    self_refine: bool = field(
-        default=False, metadata={"help": "Ask for feedback on each attempt, then to rewrite it (Self-Refine)."}
-    )
-
-
-@dataclass
-class CollectArguments(SampleArguments):
-    split: str = field(default="train", metadata={"help": "Split of the task that the problems are from."})
-    num_attempts: int = field(default=2, metadata={"help": "Attempts in a rollout; 1 for first attempts alone."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; the default is training's."})
-    num_samples: int = field(default=8, metadata={"help": "Rollouts per problem."})
-
-
-@dataclass
-class ScaleArguments(SampleArguments):
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; the paper uses 0.7."})
-    max_budget: int = field(default=64, metadata={"help": "Samples per problem, a power of 2."})
-
-
-BACKENDS_OF = {  # which backends an option has a meaning with
-    "base_url": ("endpoint",),
-    "extra_body": ("endpoint",),
-    "dtype": ("transformers", "vllm"),
-    "revision": ("transformers", "vllm"),
-    "trust_remote_code": ("transformers", "vllm"),
-    "attn_implementation": ("transformers",),
-    "load_in_4bit": ("transformers",),
+SAMPLING = {
+    "evaluate": EvaluateArguments,
+    "scale": ScaleArguments,
+    "collect": CollectArguments,
+    "check": CheckArguments,
 }
+LAUNCHED = "Any other option is one of `accelerate launch`, such as --num_processes 2 or --config_file FILE.yaml."
+INTERRUPTED = 130  # exit code, as a shell has it after Ctrl-C
 
 
-def parse(kind: type, command: str, arguments: list[str]):
-    """Arguments from the command line and from `--config FILE.yaml`."""
-    from trl import TrlParser
+def sample(command: str, arguments: list[str]) -> tuple[str, int]:
+    """What a command that samples prints, and its exit code."""
+    from .parsing import Parser
 
-    parser = TrlParser(kind, allow_abbrev=False, prog=f"trl-score {command}", description=COMMANDS[command])
+    required = ["model", ("task", "dataset_name")] + ["output_dir"] * (command != "check")
+    parser = Parser((SAMPLING[command],), command, COMMANDS[command], required)
+    (parsed,) = parser.parse_args_and_config(arguments)
+    with kept_rollouts(command, parsed.output_dir):
+        if command == "check":
+            from .preflight import check
+
+            verdict = check(**parsed.keywords())
+            return verdict.json() if parsed.json else str(verdict), verdict.exit_code
+        if command == "collect":
+            from .collection import collect, describe
+
+            return f"{describe(collect(**parsed.keywords()))}: {parsed.output_dir}", 0
+        if command == "scale":
+            from .scaling import inference_scaling, table
+
+            return table(inference_scaling(**parsed.keywords())), 0
+        from .evaluation import evaluate_self_correction
+
+        return str(evaluate_self_correction(**parsed.keywords())), 0
+
+
+@contextmanager
+def kept_rollouts(command: str, folder: str | None):
+    """After Ctrl-C, one line says what is kept and how to continue."""
     try:
-        (parsed,) = parser.parse_args_and_config(arguments)
-    except ValueError as error:  # an option that there is not
-        parser.error(str(error))
-    for name in ("model", "task", "output_dir"):
-        if getattr(parsed, name) is None:
-            parser.error(f"--{name} is missing: {next(f for f in fields(kind) if f.name == name).metadata['help']}")
-    return parsed
-
-
-def sample(command: str, arguments: list[str]) -> str:
-    kinds = {"evaluate": EvaluateArguments, "scale": ScaleArguments, "collect": CollectArguments}
-    args = vars(parse(kinds[command], command, arguments))
-    from .sampling import as_dict, check_dtype
-
-    for name in ("chat_template_kwargs", "extra_body"):
-        args[name] = as_dict(args[name], name)
-    own = {name: args.pop(name) for name in BACKENDS_OF}
-    own = {name: value for name, value in own.items() if value not in (None, False)}
-    for name in own:
-        if args["backend"] not in BACKENDS_OF[name]:
-            raise ValueError(f"`{name}` has no meaning with `backend={args['backend']!r}`. Leave it out.")
-    if own.pop("load_in_4bit", False):
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        check_dtype(own)
-        dtype = own.get("dtype", "auto")
-        own["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        yield
+    except KeyboardInterrupt:
+        files = [] if folder is None else Path(folder).rglob("rollouts*.jsonl")
+        number = sum(file.read_bytes().count(b"\n") for file in files)
+        kept = (
+            f"{number} rollouts are kept in '{folder}': the same command continues from them"
+            if number
+            else "nothing is kept"
         )
-    if command == "collect":
-        from .collection import collect, describe
-
-        return f"{describe(collect(**args, **own))}: {args['output_dir']}"
-    if command == "scale":
-        from .scaling import inference_scaling, table
-
-        return table(inference_scaling(**args, **own))
-    from .evaluation import evaluate_self_correction
-
-    return str(evaluate_self_correction(**args, **own))
+        print(f"trl-score {command}: interrupted; {kept}.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def launch(command: str, arguments: list[str]) -> int:
     """As `trl grpo` does: what the command does not know is for `accelerate launch`."""
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-    texts = {"prog": f"trl-score {command}", "description": COMMANDS[command]}
     if command == "train":
         from .training import train_parser
 
-        parser, module = train_parser(arguments, **texts), "trl_score.training"
+        parser, module = train_parser(arguments, description=COMMANDS[command], more=LAUNCHED), "trl_score.training"
     else:
-        from trl import ModelConfig, SFTConfig, TrlParser
+        from .baselines import baselines_parser
 
-        from .baselines import BaselineArguments
-
-        parser, module = TrlParser((BaselineArguments, SFTConfig, ModelConfig), **texts), "trl_score.baselines"
+        parser, module = baselines_parser(description=COMMANDS[command], more=LAUNCHED), "trl_score.baselines"
     *_, of_file, of_line = parser.parse_args_and_config(
         list(arguments), return_remaining_strings=True, separate_remaining_strings=True
     )
-    launch = resolve_accelerate_config_argument(of_file + of_line)
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    launcher = launch_command_parser()
+    known = {*launcher._option_string_actions, "--accelerate_config"}
+    parser.refuse(of_file, "in the configuration", known)
+    parser.refuse(of_line, known=known)
     rest = iter(of_line)
     left_out = next(rest, None)
     ours = []
@@ -192,13 +115,63 @@ def launch(command: str, arguments: list[str]) -> int:
             left_out = next(rest, None)
         else:
             ours.append(argument)
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
+    parsed = launcher.parse_args([*resolve_accelerate_config_argument(of_file + of_line), "--module", module, *ours])
+    if parsed.training_script != module:
+        parser.error(f"unexpected argument '{parsed.training_script}'.")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process has said what failed
+    before = signal.signal(
+        signal.SIGINT, lambda *_: None
+    )  # Ctrl-C is the processes' to answer; this one waits for them
     try:
-        launch_command(launch_command_parser().parse_args([*launch, "--module", module, *ours]))
-    except subprocess.CalledProcessError as error:  # the process has said what failed
+        launch_command(parsed)
+    except subprocess.CalledProcessError as error:
         return max(error.returncode, 1)
+    except ChildFailedError as error:
+        return max(1, *(failure.exitcode for failure in error.failures.values()))
+    except SignalException:
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0
+
+
+def tasks(arguments: list[str]) -> str:
+    parser = argparse.ArgumentParser(prog="trl-score tasks", description=COMMANDS["tasks"], allow_abbrev=False)
+    parser.add_argument("task", nargs="?", help="Name of a task, FILE.py:CLASS or PACKAGE.MODULE:CLASS.")
+    parser.add_argument("--data_dir", help="Folder with the task's rows as JSON lines. By default, from the Hub.")
+    parser.add_argument("--split", help="Split to show. (default: test, or the only one)")
+    args = parser.parse_args(arguments)
+    from .tasks.catalogue import describe, overview
+
+    return overview() if args.task is None else describe(args.task, args.data_dir, args.split)
+
+
+def configs(arguments: list[str]) -> str:
+    parser = argparse.ArgumentParser(prog="trl-score configs", description=COMMANDS["configs"], allow_abbrev=False)
+    parser.add_argument("name", nargs="?", help="Name of a configuration.")
+    args = parser.parse_args(arguments)
+    from .parsing import CONFIGS
+    from .parsing import configs as names
+
+    if args.name is None:
+        lines = [f"{name:<24}{title(CONFIGS / f'{name}.yaml')}" for name in names()]
+        return "\n".join([*lines, "", "trl-score train --config NAME uses one; trl-score configs NAME prints it."])
+    if args.name not in names():
+        raise ValueError(f"There is no configuration '{args.name}'.{nearest(args.name, names())}")
+    return (CONFIGS / f"{args.name}.yaml").read_text("utf-8").rstrip()
+
+
+def title(config: Path) -> str:
+    """The first sentence of a configuration, which is a comment."""
+    comment = " ".join(
+        line.removeprefix("# ") for line in config.read_text("utf-8").splitlines()[:3] if line.startswith("#")
+    )
+    return comment.split(". ")[0].removesuffix(".") + "."
+
+
+def nearest(name: str, names: list[str]) -> str:
+    close = get_close_matches(name, names, 1)
+    return f" Did you mean '{close[0]}'?" if close else f" Expected one of: {', '.join(names)}."
 
 
 def report(arguments: list[str]) -> str:
@@ -260,16 +233,13 @@ def sandbox_backend() -> str:
 
 
 def usage() -> str:
-    lines = [
-        "usage: trl-score COMMAND [OPTIONS]",
-        "",
-        "Train a language model to correct its own mistakes (SCoRe).",
-        "",
-    ]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
-            *lines,
+            "usage: trl-score COMMAND [OPTIONS]",
+            "",
+            "Train a language model to correct its own mistakes (SCoRe).",
+            "",
+            *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
             "",
             "trl-score COMMAND --help shows the options of a command; --config FILE.yaml reads them from a file.",
         ]
@@ -277,7 +247,10 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0, 1 for an error, reported in one line, 2 for wrong arguments."""
+    """
+    Run a command. Returns its exit code: 0; 1 for an error, reported in one line; 2 for wrong arguments; 3 if `check` advises
+    against training; 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
@@ -287,9 +260,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(importlib.metadata.version("trl-score"))
         return 0
     if command not in COMMANDS:
+        close = get_close_matches(command, COMMANDS, 1)
+        near = f"Did you mean '{close[0]}'?" if close else "`trl-score --help` describes them."
         print(
-            f"{usage()}\n\ntrl-score: unknown command '{command}'. Expected one of: {', '.join(COMMANDS)}.",
-            file=sys.stderr,
+            f"trl-score: unknown command '{command}'. Expected one of: {', '.join(COMMANDS)}. {near}", file=sys.stderr
         )
         return 2
     logging.basicConfig(format="%(message)s")
@@ -297,22 +271,27 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command in ("train", "baselines"):
             return launch(command, rest)
-        if command == "env":
-            print(environment())
-        elif command == "report":
-            print(report(rest))
-        else:
-            text = sample(command, rest)
+        if command in SAMPLING:
+            text, code = sample(command, rest)
             from .records import disconnect, processes
 
             if processes().is_main_process:
                 print(text)
             disconnect()
+            return code
+        print(
+            environment()
+            if command == "env"
+            else {"report": report, "tasks": tasks, "configs": configs}[command](rest)
+        )
     except (OSError, ValueError, RuntimeError, ImportError) as error:  # what the user can mend is said in one line
         if os.environ.get("TRL_SCORE_TRACEBACK"):
             raise
-        print(f"trl-score {command}: {error}", file=sys.stderr)
+        print(f"trl-score {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"trl-score {command}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -10,10 +10,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .fingerprints import of_tokenizer
-from .jobs import Job, as_task, sample_rollouts
+from .jobs import Plan, sample_rollouts
 from .metrics import metric
 from .records import load_rollouts
-from .sampling import open_model
 from .tasks import Task
 
 
@@ -24,22 +23,11 @@ def collect(
     model,
     task: str | Task,
     *,
-    output_dir: str | Path | None = None,
     split: str = "train",
     num_attempts: int = 2,
     num_samples: int = 8,
     temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_completion_length: int = 1024,
-    correction_instruction: str | None = None,
-    chat_template_kwargs: dict | None = None,
-    batch_size: int = 32,
-    limit: int | None = None,
-    seed: int = 42,
-    backend: str = "transformers",
-    tokenizer=None,
-    data_dir: str | None = None,
-    **kwargs,
+    **settings,
 ) -> list[dict]:
     """
     Sample and grade rollouts, with the rollout of training. Under `accelerate launch` the processes share the work.
@@ -53,9 +41,7 @@ def collect(
             Rollouts per problem.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature. The default is that of the paper's training.
-        output_dir (`str`, *optional*):
-            Folder for the rollouts. Those that it holds are reused if they are of the same model, decoding and problems.
-        model, task, **kwargs:
+        model, task, **settings:
             These and the other arguments are described for [`~trl_score.evaluation.evaluate_self_correction`].
 
     Returns:
@@ -65,24 +51,13 @@ def collect(
     Raises:
         `ValueError`: If a setting cannot work, or the folder holds something else.
     """
-    task = as_task(task, data_dir)
-    if task.num_given_attempts:
-        raise ValueError(f"'{task.name}' gives the first attempts: it is for evaluation. Collect on another task.")
-    job = Job.of(
-        task,
-        correction_instruction,
-        split=split,
-        num_attempts=num_attempts,
-        num_samples=num_samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_completion_length=max_completion_length,
-        batch_size=batch_size,
-        seed=seed,
-        token_ids=True,
-    )
-    source = open_model(model, backend, tokenizer, chat_template_kwargs, **kwargs)
-    _, store = sample_rollouts(job, task, limit, source, output_dir)
+    own = {"split": split, "num_attempts": num_attempts, "num_samples": num_samples, "temperature": temperature}
+    plan = Plan.of(model, task, token_ids=True, **own, **settings)
+    if plan.task.num_given_attempts:
+        raise ValueError(
+            f"'{plan.task.name}' gives the first attempts: it is for evaluation. Collect on another task."
+        )
+    _, store = sample_rollouts(plan)
     return store.all_rollouts()
 
 

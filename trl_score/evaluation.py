@@ -13,35 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .jobs import Job, as_task, sample_rollouts
+from .jobs import Plan, sample_rollouts
 from .metrics import bootstrap_intervals, mcnemar, metric, self_correction_values
 from .records import SUMMARY, load_rollouts
-from .sampling import open_model
 from .tasks import Task
 
 
-def evaluate_self_correction(
-    model,
-    task: str | Task,
-    *,
-    split: str = "test",
-    num_attempts: int = 2,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    num_samples: int = 1,
-    max_completion_length: int = 1024,
-    correction_instruction: str | None = None,
-    self_refine: bool = False,
-    chat_template_kwargs: dict | None = None,
-    batch_size: int = 32,
-    limit: int | None = None,
-    seed: int = 42,
-    output_dir: str | Path | None = None,
-    backend: str = "transformers",
-    tokenizer=None,
-    data_dir: str | None = None,
-    **kwargs,
-) -> "Evaluation":
+def evaluate_self_correction(model, task: str | Task, **settings) -> "Evaluation":
     """
     Have a model make `num_attempts` attempts at each problem of a split, and grade all of them. The random state of the process
     is afterwards what it was before.
@@ -86,8 +64,8 @@ def evaluate_self_correction(
             The tokenizer, if it is not the model's own.
         data_dir (`str`, *optional*):
             Folder with the task's rows, if `task` is a name.
-        **kwargs:
-            For the backend: `quantization_config`, `dtype`, `revision`, `trust_remote_code`, `base_url`, ..
+        **settings:
+            Any other is for the backend: `quantization_config`, `dtype`, `revision`, `trust_remote_code`, `base_url`, ..
 
     Returns:
         [`Evaluation`].
@@ -96,38 +74,19 @@ def evaluate_self_correction(
         `OSError`: If the model is not available.
         `ValueError`: If a setting cannot work, or the folder holds other results.
     """
-    task = as_task(task, data_dir)
-    given = task.num_given_attempts
-    if num_attempts <= max(given, 1):
+    plan = Plan.of(model, task, **settings)
+    given, attempts = plan.task.num_given_attempts, plan.job.num_attempts
+    if attempts <= max(given, 1):
         raise ValueError(
-            f"`num_attempts={num_attempts}` leaves nothing to compare: '{task.name}' gives {given} attempts, and a correction "
+            f"`num_attempts={attempts}` leaves nothing to compare: '{plan.task.name}' gives {given} attempts, and a correction "
             f"needs one before it. Set it to {max(given, 1) + 1} or more."
         )
-    if self_refine and correction_instruction:
-        raise ValueError(
-            "`self_refine=True` asks with the task's `feedback_instruction` and `refine_instruction`, so a "
-            "`correction_instruction` would never be said. Leave one of the two out."
-        )
-    job = Job.of(
-        task,
-        correction_instruction,
-        self_refine,
-        split=split,
-        num_attempts=num_attempts,
-        num_samples=num_samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_completion_length=max_completion_length,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    source = open_model(model, backend, tokenizer, chat_template_kwargs, **kwargs)
-    return evaluate(job, task, limit, source, output_dir)
+    return evaluate(plan)
 
 
-def evaluate(job: Job, task: Task, limit: int | None, source: tuple, output_dir: str | Path | None) -> "Evaluation":
-    """[`evaluate_self_correction`] of a job and a model that [`~trl_score.sampling.open_model`] found."""
-    job, store = sample_rollouts(job, task, limit, source, output_dir)
+def evaluate(plan: Plan) -> "Evaluation":
+    """[`evaluate_self_correction`] of a plan."""
+    job, store = sample_rollouts(plan)
     evaluation = Evaluation(asdict(job), store.all_rollouts())
     store.write(SUMMARY, evaluation.settings | evaluation.summary)
     return evaluation

@@ -6,7 +6,8 @@ training. Evaluation, collection and scaling are jobs.
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,33 +15,25 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from . import fingerprints
+from .arguments import RolloutArguments
 from .decoding import Decoding
 from .metrics import edit_distance_ratio
-from .records import Store
-from .sampling import Sampler, keep_random_state
+from .records import Store, check_folder
+from .sampling import Sampler, keep_random_state, open_model
 from .tasks import Task, get_task
 from .tasks.base import first
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(kw_only=True)
+class Job(RolloutArguments):
     """
     Attempts to be sampled and graded: what `evaluate`, `collect` and `scale` share, and what their `settings.json` holds.
 
-    The first fields are set by the caller, as described for [`evaluate_self_correction`]; `token_ids` keeps the tokens of the
-    attempts. The others are found by [`Job.open`] and tell the results from those of another model or other problems.
+    The caller's arguments are those of [`evaluate_self_correction`], and `token_ids`, which keeps the tokens of the attempts. The
+    fields from `model` on are found when the model is opened, and tell the results from those of another model or other problems.
     """
 
     task: str
-    split: str
-    num_attempts: int
-    num_samples: int
-    temperature: float
-    top_p: float
-    max_completion_length: int
-    batch_size: int
-    seed: int
-    correction_instruction: str | None = None
     self_refine: bool = False
     feedback_instruction: str | None = None
     refine_instruction: str | None = None
@@ -76,16 +69,6 @@ class Job:
                 "every time. Set `temperature` above 0, or `num_samples` to 1."
             )
 
-    @classmethod
-    def of(cls, task: Task, correction_instruction: str | None = None, self_refine: bool = False, **settings) -> "Job":
-        """A job at a task, with what the task says between the attempts."""
-        if self_refine:
-            turns = {name: getattr(task, name) for name in ("feedback_instruction", "refine_instruction")}
-        else:
-            turns = {"correction_instruction": correction_instruction or task.correction_instruction}
-        given = task.num_given_attempts
-        return cls(task=task.name, self_refine=self_refine, num_given_attempts=given, **turns, **settings)
-
     @property
     def turns(self) -> list[str]:
         """What the user says from an attempt to the next. In Self-Refine the model's feedback is between the two turns."""
@@ -95,8 +78,6 @@ class Job:
 
     def rows(self, task: Task, limit: int | None) -> Dataset:
         """The problems. A prompt of offline repair ends with the first turn."""
-        if limit is not None and limit < 1:
-            raise ValueError(f"`limit={limit}` leaves no problem. Set it to 1 or more, or leave it out.")
         rows = first(task.load(self.split), limit)
         if self.num_given_attempts:
             asked = {"role": "user", "content": self.turns[0]}
@@ -104,26 +85,95 @@ class Job:
         return rows
 
 
-def as_task(task: str | Task, data_dir: str | None = None) -> Task:
-    return get_task(task, data_dir=data_dir) if isinstance(task, str) else task
+@dataclass(frozen=True)
+class Plan:
+    """
+    A job, and what it is done with.
+
+    Attributes:
+        job ([`Job`]):
+            How attempts are sampled.
+        task ([`~trl_score.tasks.Task`]):
+            Whose problems they are at, and what grades them.
+        open (`Callable`):
+            Opens the model, once: [`~trl_score.sampling.open_model`].
+        limit (`int`, *optional*):
+            Use the first problems only.
+        output_dir (`str`, *optional*):
+            Folder for the results; without one they stay in memory.
+    """
+
+    job: Job
+    task: Task
+    open: Callable[[], tuple[dict, Callable[[], Sampler]]]
+    limit: int | None = None
+    output_dir: str | Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model,
+        task: str | Task,
+        *,
+        data_dir: str | None = None,
+        limit: int | None = None,
+        output_dir: str | Path | None = None,
+        correction_instruction: str | None = None,
+        self_refine: bool = False,
+        **settings,
+    ) -> "Plan":
+        """
+        A plan from the arguments of [`~trl_score.evaluation.evaluate_self_correction`]. No model is opened yet.
+
+        Raises:
+            `ValueError`: If a setting cannot work.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"`limit={limit}` leaves no problem. Set it to 1 or more, or leave it out.")
+        if correction_instruction is not None and not correction_instruction.strip():
+            raise ValueError(
+                "`correction_instruction` is empty, so the second attempt would not be asked to correct the first. Set it to a "
+                "sentence that does not say whether the attempt was right, or leave it out for the task's."
+            )
+        if self_refine and correction_instruction:
+            raise ValueError(
+                "`self_refine=True` asks with the task's `feedback_instruction` and `refine_instruction`, so a "
+                "`correction_instruction` would never be said. Leave one of the two out."
+            )
+        if output_dir is not None:
+            check_folder(output_dir)
+        if isinstance(task, str):
+            task = get_task(task, data_dir=data_dir)
+        if self_refine:
+            turns = {name: getattr(task, name) for name in ("feedback_instruction", "refine_instruction")}
+        else:
+            turns = {"correction_instruction": correction_instruction or task.correction_instruction}
+        own = {each.name for each in fields(RolloutArguments)} | {"token_ids"}
+        job = Job(
+            task=task.name,
+            self_refine=self_refine,
+            num_given_attempts=task.num_given_attempts,
+            **turns,
+            **{name: settings.pop(name) for name in own & settings.keys()},
+        )
+        return cls(job, task, cache(partial(open_model, model, **settings)), limit, output_dir)
 
 
 @keep_random_state()
-def sample_rollouts(
-    job: Job, task: Task, limit: int | None, source: tuple[dict, Callable[[], Sampler]], output_dir: str | Path | None
-) -> tuple[Job, Store]:
+def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
     """
-    Sample and grade the rollouts of a job that are not in its folder yet, in batches of similar prompt length, longest first.
+    Sample and grade the rollouts of a plan that are not in its folder yet, in batches of similar prompt length, longest first.
     Batches are divided among the processes. If nothing is missing, no model is loaded.
 
     Returns:
         The job with the identity of model and problems, and its rollouts.
     """
-    identity, make_sampler = source
-    rows = job.rows(task, limit)
+    task = plan.task
+    identity, make_sampler = plan.open()
+    rows = plan.job.rows(task, plan.limit)
     problems = fingerprints.of_rows(rows)
-    job = replace(job, **identity, num_problems=len(rows), data=fingerprints.fingerprint(problems))
-    store = Store(output_dir, asdict(job), problems)
+    job = replace(plan.job, **identity, num_problems=len(rows), data=fingerprints.fingerprint(problems))
+    store = Store(plan.output_dir, asdict(job), problems)
     todo = [(index, sample) for index in range(len(rows)) for sample in range(job.num_samples)]
     if len(store.done) == len(todo):
         return job, store

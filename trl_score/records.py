@@ -9,6 +9,7 @@ k. A folder is made with its first rollout, so a run that fails before leaves no
 import json
 import logging
 import math
+import os
 import platform
 import time
 from datetime import timedelta
@@ -34,6 +35,25 @@ def processes() -> PartialState:
     """
     patient = InitProcessGroupKwargs(timeout=timedelta(days=365)).to_kwargs()
     return PartialState(cpu=not torch.accelerator.is_available(), **patient)
+
+
+def check_folder(folder: str | Path) -> None:
+    """
+    Whether results can be written to a folder, which need not exist yet.
+
+    Raises:
+        `OSError`: If they cannot, with the folder that is to blame.
+    """
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(
+            f"`output_dir={str(folder)!r}` is no folder: '{existing}' is a file. Give another one."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"`output_dir={str(folder)!r}` cannot be written: '{existing}' does not allow it. Give another folder."
+        )
 
 
 def disconnect() -> None:

@@ -1,6 +1,5 @@
 """Where attempts come from in an evaluation: transformers, vLLM, or a chat endpoint."""
 
-import json
 import os
 import platform
 from abc import ABC, abstractmethod
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from urllib.parse import urlsplit
 
+import httpx
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import InferenceClient
@@ -408,8 +408,14 @@ class EndpointSampler(Sampler):
                 messages += [{"role": "assistant", "content": text}, {"role": "user", "content": instruction}]
             return attempts
 
-        with ThreadPoolExecutor(self.max_concurrency) as pool:
-            return list(pool.map(one, range(len(prompts))))
+        try:
+            with ThreadPoolExecutor(self.max_concurrency) as pool:
+                return list(pool.map(one, range(len(prompts))))
+        except httpx.HTTPError as error:
+            raise OSError(
+                f"The endpoint ({self.where}) did not answer for the model '{self.name}': {str(error).splitlines()[0]}. Check that "
+                "it runs, that its address is right (`base_url`, which often ends with /v1), and that it serves this model."
+            ) from error
 
 
 BACKENDS = {"transformers": TransformersSampler, "vllm": VLLMSampler, "endpoint": EndpointSampler}
@@ -511,29 +517,16 @@ def _plain(quantization) -> dict | str | None:
     return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
 
 
-def as_dict(value: str | dict | None, name: str) -> dict | None:
-    """An option that is JSON on the command line and may be a mapping in a YAML file."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(
-                f"`{name}={value}` is no JSON: {error}. Quote it as in '{{\"enable_thinking\": false}}'."
-            ) from None
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(
-            f"`{name}={value!r}` is no mapping of names to values, such as '{{\"enable_thinking\": false}}'."
-        )
-    return value
-
-
 def check_dtype(kwargs: dict) -> None:
     """
     Raises:
         `ValueError`: If `dtype` is no type of weights.
     """
     dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if not isinstance(dtype, str) or dtype == "auto":
+        return
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
             f"`dtype={dtype!r}` is no type of weights. Set it to 'bfloat16', 'float16', 'float32' or 'auto'."
         )

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from .evaluation import evaluate
-from .jobs import Job, as_task, sample_rollouts
+from .jobs import Plan, sample_rollouts
 from .metrics import bootstrap_intervals, metric
 from .records import processes, strict_json
-from .sampling import open_model
 from .tasks import Task
 
 
@@ -83,24 +82,7 @@ def vote(clusters: list[int | None], correct: list[bool], size: int) -> float:
 
 
 def inference_scaling(
-    model,
-    task: str | Task,
-    *,
-    max_budget: int = 64,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    max_completion_length: int = 1024,
-    split: str = "test",
-    correction_instruction: str | None = None,
-    chat_template_kwargs: dict | None = None,
-    batch_size: int = 32,
-    limit: int | None = None,
-    seed: int = 42,
-    output_dir: str | Path,
-    backend: str = "transformers",
-    tokenizer=None,
-    data_dir: str | None = None,
-    **kwargs,
+    model, task: str | Task, *, output_dir: str | Path, max_budget: int = 64, temperature: float = 0.7, **settings
 ) -> list[dict]:
     """
     Majority votes at budgets of 2, 4, .. samples per problem: over that many first attempts, and over half as many
@@ -113,7 +95,7 @@ def inference_scaling(
         output_dir (`str`):
             Folder for the rollouts (`corrected/`, `parallel/`) and `scaling.json`. Rollouts that it holds are reused if they are
             of the same model, decoding and problems.
-        model, task, **kwargs:
+        model, task, **settings:
             These and the other arguments are described for [`~trl_score.evaluation.evaluate_self_correction`].
 
     Returns:
@@ -129,26 +111,15 @@ def inference_scaling(
         raise ValueError(
             f"`temperature={temperature}`: a vote needs samples that differ. Set it above 0; the paper uses 0.7."
         )
-    task = as_task(task, data_dir)
+    folder = Path(output_dir)
+    own = {"num_attempts": 2, "num_samples": max_budget // 2, "temperature": temperature}
+    plan = Plan.of(model, task, output_dir=folder / "corrected", **own, **settings)
+    task, job = plan.task, plan.job
     if task.num_given_attempts:
         raise ValueError(f"'{task.name}' gives the first attempts, so there is nothing to vote over in parallel.")
-    job = Job.of(
-        task,
-        correction_instruction,
-        split=split,
-        num_attempts=2,
-        num_samples=max_budget // 2,
-        temperature=temperature,
-        top_p=top_p,
-        max_completion_length=max_completion_length,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    source = open_model(model, backend, tokenizer, chat_template_kwargs, **kwargs)
-    folder = Path(output_dir)
-    corrected = evaluate(job, task, limit, source, folder / "corrected")
-    parallel = replace(job, num_attempts=1, seed=seed + 1)
-    _, others = sample_rollouts(parallel, task, limit, source, folder / "parallel")
+    corrected = evaluate(plan)
+    parallel = replace(job, num_attempts=1, seed=job.seed + 1)
+    _, others = sample_rollouts(replace(plan, job=parallel, output_dir=folder / "parallel"))
     result = votes(task, corrected.rollouts, others.all_rollouts(), max_budget)
     if processes().is_main_process:
         study = {"settings": corrected.settings, "budgets": result}

@@ -5,7 +5,8 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
@@ -15,18 +16,21 @@ from datasets import Dataset
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .callbacks import CollapseAlarm, KeepBestCheckpoint, trackers
+from .arguments import TrainArguments
+from .callbacks import CollapseAlarm, trackers
 from .collection import with_first_attempts
 from .metrics import label
-from .records import disconnect, strict_json
+from .parsing import Parser
+from .records import check_folder, disconnect, strict_json
 from .resuming import checkpoints, is_whole
 from .score_config import SCoReConfig
 from .score_trainer import SCoReTrainer
-from .tasks import TASKS, Arithmetic, Task, get_task
+from .tasks import Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
 from .tasks.base import first, text_of
+from .tasks.dataset import DatasetTask
 
 
 SHOWN = ("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i")
@@ -51,96 +55,6 @@ EMBEDDED = {
     "save_strategy": "no",
     "report_to": "none",
 }
-
-
-@dataclass
-class TaskArguments:
-    """
-    Which problems, for a script that trains on a task of [`trl_score.tasks`].
-
-    Args:
-        task (`str`, *optional*):
-            Name of the task to train on.
-        eval_task (`str`, *optional*):
-            Name of the task to evaluate on, if another.
-        data_dir (`str`, *optional*):
-            Folder with the rows as JSON lines (docs/tasks.md). By default, they come from the Hub.
-        num_train_problems (`int`, *optional*):
-            Take only the first problems of the training split.
-        num_eval_problems (`int`, *optional*):
-            Take only the first problems of the test split. 0: no evaluation.
-    """
-
-    task: str | None = field(default=None, metadata={"help": f"Task to train on: {', '.join(TASKS)}."})
-    eval_task: str | None = field(default=None, metadata={"help": "Task to evaluate on, if another."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with the rows as JSON lines. By default, they come from the Hub."}
-    )
-    num_train_problems: int | None = field(
-        default=None, metadata={"help": "Take only the first problems of the training split."}
-    )
-    num_eval_problems: int | None = field(
-        default=None, metadata={"help": "Take only the first problems of the test split. 0: no evaluation."}
-    )
-
-
-@dataclass
-class TrainArguments(TaskArguments):
-    """
-    Which problems to train on by reinforcement, and what watches the run.
-
-    Args:
-        first_attempts (`str`, *optional*):
-            Folder of `trl-score collect` with first attempts at the problems to train on, for `offline_first_attempts`.
-        collapse_window (`int`, *optional*, defaults to `10`):
-            Logs without corrections after which the collapse alarm goes off. 0: no alarm.
-        keep_best_checkpoint (`bool`, *optional*, defaults to `False`):
-            Keep the checkpoint with the highest training reward of the last attempt, for each stage.
-        best_checkpoint_window (`int`, *optional*, defaults to `10`):
-            Logs that this reward is averaged over.
-        load_best_checkpoint_at_end (`bool`, *optional*, defaults to `False`):
-            Load the best checkpoint of the last stage when training ends.
-    """
-
-    first_attempts: str | None = field(
-        default=None,
-        metadata={"help": "Folder of `trl-score collect` with first attempts, for `offline_first_attempts`."},
-    )
-    collapse_window: int = field(
-        default=10,
-        metadata={"help": "Logs without corrections after which the collapse alarm goes off. 0: no alarm."},
-    )
-    keep_best_checkpoint: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the checkpoint with the highest training reward of the last attempt, for each stage, in "
-            "`_best-stage1` and `_best-stage2` of the output folder."
-        },
-    )
-    best_checkpoint_window: int = field(
-        default=10, metadata={"help": "Logs that the reward is averaged over to choose the best checkpoint."}
-    )
-    load_best_checkpoint_at_end: bool = field(
-        default=False, metadata={"help": "Load the best checkpoint of the last stage when training ends."}
-    )
-
-    def __post_init__(self):
-        if self.collapse_window < 0 or self.best_checkpoint_window < 1:
-            raise ValueError(
-                f"`collapse_window={self.collapse_window}` and `best_checkpoint_window={self.best_checkpoint_window}` are "
-                "numbers of logs. Set the first to 0 or more, the second to 1 or more."
-            )
-        if self.load_best_checkpoint_at_end and not self.keep_best_checkpoint:
-            raise ValueError(
-                "`load_best_checkpoint_at_end` has nothing to load without `keep_best_checkpoint`. Set that to True too."
-            )
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """The callbacks that these arguments ask for."""
-        found = [CollapseAlarm(self.collapse_window)] if self.collapse_window else []
-        if self.keep_best_checkpoint:
-            found.append(KeepBestCheckpoint(self.best_checkpoint_window, self.load_best_checkpoint_at_end))
-        return found
 
 
 @dataclass
@@ -172,23 +86,20 @@ def check_precision(args: SCoReConfig, model: str) -> None:
         )
 
 
-def load_tasks(arguments: TaskArguments) -> tuple[Task, Task | None]:
+@contextmanager
+def in_one_line():
     """
-    The task to train on, and the one to evaluate on, if any.
+    What the user can mend ends the process with one line that says so. With `TRL_SCORE_TRACEBACK=1` it is raised.
 
     Raises:
-        `SystemExit`: If they cannot be loaded, with one line that says why.
+        `SystemExit`: In place of `OSError`, `ValueError`, `RuntimeError` and `ImportError`.
     """
     try:
-        task = get_task(arguments.task, data_dir=arguments.data_dir)
-        if arguments.num_eval_problems == 0:
-            return task, None
-        if arguments.eval_task in (None, arguments.task):
-            return task, task
-        other = {"sandbox": task.sandbox} if hasattr(task, "sandbox") else {}
-        return task, get_task(arguments.eval_task, data_dir=arguments.data_dir, **other)
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(str(error))
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        if os.environ.get("TRL_SCORE_TRACEBACK"):
+            raise
+        sys.exit(" ".join(str(error).split()))
 
 
 def load_task(
@@ -201,8 +112,8 @@ def load_task(
     Raises:
         `SystemExit`: If they cannot be loaded, with one line that says why.
     """
-    task, eval_task = load_tasks(arguments)
-    try:
+    with in_one_line():
+        task, eval_task = arguments.open_tasks()
         train_rows = first(task.load("train"), arguments.num_train_problems)
         if arguments.first_attempts is not None:
             tokenizer = None
@@ -211,8 +122,6 @@ def load_task(
                 tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **where)
             train_rows = with_first_attempts(train_rows, arguments.first_attempts, task, tokenizer)
         eval_rows = None if eval_task is None else first(eval_task.load("test"), arguments.num_eval_problems)
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(str(error))
     return task, train_rows, eval_rows
 
 
@@ -228,12 +137,90 @@ def percent(share: float | None) -> float:
 
 
 class Progress(ProgressCallback):
-    """The progress bar, and one short line for each log; the trackers of `--report_to` get all of it."""
+    """
+    The progress bar, which counts from the step that a run resumes from, and one line for each log; the trackers of
+    `--report_to` get all of it.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.reset(total=state.max_steps)  # forgets the time since it was made, too
+            self.training_bar.initial = self.training_bar.n = self.training_bar.last_print_n = state.global_step
+            self.training_bar.refresh()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "stage" in logs:
-            values = "  ".join(f"{label} {percent(logs[name]):5.1f}" for name, label in LABELS.items() if name in logs)
-            self.training_bar.write(f"step {state.global_step:>5}  stage {logs['stage']:.0f}  {values}")
+            self.training_bar.write(line_of(state.global_step, logs))
+
+
+def line_of(step: int, logs: dict) -> str:
+    """A log in one line: shares in percent, KL in nats per token, tokens sampled so far, seconds per step."""
+    parts = [f"step {step:>5}", f"stage {logs['stage']:.0f}"]
+    parts += [f"{name} {percent(logs[key]):5.1f}" for key, name in LABELS.items() if key in logs]
+    if "kl" in logs:
+        parts.append(f"KL {logs['kl']:.4f}")
+    if "num_generated_tokens" in logs:
+        parts.append(f"{logs['num_generated_tokens']:,.0f} tokens")
+    if "step_time" in logs:
+        parts.append(f"{logs['step_time']:.1f} s/step")
+    return "  ".join(parts)
+
+
+class AttemptCharts(TrainerCallback):
+    """In TensorBoard's tab "Custom Scalars", charts that show the attempts in one another."""
+
+    def __init__(self, trainer: SCoReTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for tracker in trackers(self.trainer.callback_handler.callbacks):
+            writer = getattr(tracker, "tb_writer", None)
+            if writer is not None:
+                writer.add_custom_scalars({"Attempts": charts(args.num_attempts, args.num_attempts_eval)})
+
+
+def charts(num_attempts: int, num_attempts_eval: int) -> dict[str, list]:
+    """The layout of [`AttemptCharts`]: by title, the kind of chart and the tags of its lines."""
+    train = {
+        "accuracy": "accuracy_t",
+        "reward": "reward_t",
+        "KL, nats per token": "kl_t",
+        "cut off": "completions/clipped_ratio_t",
+    }
+    found = {
+        title: ["Multiline", [f"train/{key}{k}" for k in range(1, num_attempts + 1)]] for title, key in train.items()
+    }
+    held_out = [f"eval/accuracy_t{k}" for k in range(1, num_attempts_eval + 1)]
+    changes = ["train/delta_i_to_c", "train/delta_c_to_i"]
+    return found | {"accuracy, held out": ["Multiline", held_out], "corrected and broken": ["Multiline", changes]}
+
+
+@contextmanager
+def interruptible(say: Callable[[], str]):
+    """
+    Ctrl-C ends the process with one line, by the first process.
+
+    Raises:
+        `SystemExit`: With code 130, in place of `KeyboardInterrupt`.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nInterrupted. {say()}", file=sys.stderr)
+        sys.exit(130)
+
+
+def kept(trainer: SCoReTrainer) -> str:
+    """What is left of a training that was interrupted, and how to continue it."""
+    args, state = trainer.args, trainer.state
+    done = f"{state.global_step} of {state.max_steps} steps were done"
+    whole = next((path for path in checkpoints(Path(args.output_dir)) if is_whole(path)), None)
+    if whole is not None:
+        return f"{done}; '{whole}' is kept. The same command with `--resume_from_checkpoint true` continues from it."
+    return f"{done}, and nothing is kept: no checkpoint was written yet (`--save_steps`, `--save_strategy`)."
 
 
 def checkpoint_to_resume(args: SCoReConfig) -> str | None:
@@ -269,17 +256,19 @@ def checkpoint_to_resume(args: SCoReConfig) -> str | None:
 
 def with_examples(reward, examples: dict[str, tuple], num_attempts: int):
     """
-    The reward function, which now also keeps the first rollout of each kind that it grades, with its verdicts. One that is
-    no plain function is left as it is.
+    The reward function, which now also keeps the first rollout of each kind that it grades, with its verdicts; of several, the
+    first one does, which says whether an attempt is right. One that is no plain function is left as it is.
 
     Args:
-        reward (`Callable`):
-            A TRL reward function.
+        reward (`Callable` or `list[Callable]`):
+            A TRL reward function, or several.
         examples (`dict[str, tuple]`):
             Where they are kept: by kind, the problem and a list of texts with verdicts.
         num_attempts (`int`):
             Attempts in a rollout.
     """
+    if isinstance(reward, list):
+        return [with_examples(reward[0], examples, num_attempts), *reward[1:]]
     if not inspect.isroutine(reward) or inspect.iscoroutinefunction(reward):
         return reward
     attempts = []  # of the batch: for each row, text and whether it is right
@@ -319,8 +308,8 @@ def train(
     Args:
         train_rows, eval_rows (`~datasets.Dataset`):
             Problems, with the columns that the reward reads.
-        reward (`Callable`):
-            A TRL reward function.
+        reward (`Callable` or `list[Callable]`):
+            A TRL reward function, or several, which are added; the first one says whether an attempt is right.
         args (`SCoReConfig`):
             Settings.
         model_args (`~trl.ModelConfig`):
@@ -338,6 +327,8 @@ def train(
     """
     if model_args.model_name_or_path is None:
         sys.exit("Which model? Give --model_name_or_path: a Hub id or a folder.")
+    with in_one_line():
+        check_folder(args.output_dir)
     resume = checkpoint_to_resume(args)
     check_precision(args, model_args.model_name_or_path)
     if args.correction_instruction is None:
@@ -365,25 +356,33 @@ def train(
     trainer.task, trainer.eval_task = task, eval_task or task
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
+    trainer.add_callback(AttemptCharts(trainer))
 
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(_internal_call=True)  # first, and the upload last, so that nothing costs the model
+    with interruptible(lambda: kept(trainer)):
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(_internal_call=True)  # first, and the upload last, so that nothing costs the model
+    with interruptible(lambda: f"The model is trained and saved in '{args.output_dir}'."):
+        finish(trainer, examples, is_evaluated=eval_rows is not None)
+    return trainer
+
+
+def finish(trainer: SCoReTrainer, examples: dict[str, tuple], is_evaluated: bool) -> None:
+    """What follows once the model is saved: the last evaluation, the card, the table, the upload."""
     failures = Failures(trainer)
     failures.collect("The training state", trainer.save_state)
-    if eval_rows is not None:
+    if is_evaluated:
         examples.clear()
         evaluated = failures.collect("The last evaluation", trainer.evaluate)
         failures.collect("The training state", trainer.save_state)
     failures.collect("The model card", trainer.create_model_card)
-    if eval_rows is not None:
+    if is_evaluated:
         if not evaluated:
             failures.exit()  # at once: other processes may wait for this one in vain
         failures.collect("The table", lambda: show(trainer, examples))
-    if args.push_to_hub:
+    if trainer.args.push_to_hub:
         failures.collect("The upload", trainer.push_to_hub)
     disconnect()
     failures.exit()
-    return trainer
 
 
 class Failures:
@@ -462,12 +461,12 @@ def shares_of_time(trainer: SCoReTrainer, total: float) -> str:
     return f": {', '.join(shares)}, the rest evaluation, optimizer and bookkeeping"
 
 
-def train_parser(arguments: list[str], **kwargs) -> TrlParser:
+def train_parser(arguments: list[str], **kwargs) -> Parser:
     """
     The parser of `trl-score train`. For the embedded task with its own model and without a configuration file, the defaults
     are `EMBEDDED`.
     """
-    parser = TrlParser((TrainArguments, TrainConfig, ModelConfig), **kwargs)
+    parser = Parser((TrainArguments, TrainConfig, ModelConfig), "train", **kwargs)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--task", "--model_name_or_path", "--config"):
         peek.add_argument(name)
@@ -477,19 +476,23 @@ def train_parser(arguments: list[str], **kwargs) -> TrlParser:
     return parser
 
 
-def main() -> None:
-    """A process of `trl-score train`."""
-    task_args, args, model_args = train_parser(sys.argv[1:]).parse_args_and_config()
-    if task_args.task is None:
-        sys.exit(f"Which problems? Give --task: {', '.join(TASKS)}.")
-    if task_args.task == Arithmetic.name and model_args.model_name_or_path is None:
-        model_args.model_name_or_path = str(BASE_MODEL_PATH)
-        # `accelerate launch` leaves a process on a CPU one thread.
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("WORLD_SIZE", "1"))))
-    task, train_rows, eval_rows = load_task(task_args, model_args)
-    names = (task.name, task_args.eval_task)
-    instruction, callbacks = task.correction_instruction, task_args.callbacks()
-    train(train_rows, eval_rows, task.reward, args, model_args, instruction, *names, callbacks=callbacks)
+def main(arguments: list[str] | None = None) -> None:
+    """A process of `trl-score train`, and of the example scripts."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with interruptible(lambda: "The training has not begun, and nothing is kept."):
+        with in_one_line():
+            task_args, args, model_args = train_parser(arguments).parse_args_and_config(arguments)
+            check_folder(args.output_dir)
+        if task_args.task == Arithmetic.name and model_args.model_name_or_path is None:
+            model_args.model_name_or_path = str(BASE_MODEL_PATH)
+            # `accelerate launch` leaves a process on a CPU one thread.
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("WORLD_SIZE", "1"))))
+        task, train_rows, eval_rows = load_task(task_args, model_args)
+        is_dataset = isinstance(task, DatasetTask)
+        reward = task.reward_funcs if is_dataset else task.reward
+        names = (None, None) if is_dataset else (task.name, task_args.eval_task)
+        instruction, callbacks = task.correction_instruction, task_args.callbacks()
+        train(train_rows, eval_rows, reward, args, model_args, instruction, *names, callbacks)
 
 
 if __name__ == "__main__":

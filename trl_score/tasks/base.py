@@ -82,6 +82,14 @@ class Task(ABC):
         """
         return text.strip() or None
 
+    def gold(self, rows: Dataset) -> list[str | None]:
+        """
+        For each row an attempt that is right, to check the grader with; `None` where the row does not tell. By default, the
+        column `answer`, `solution` or `gold`.
+        """
+        column = next((name for name in ("answer", "solution", "gold") if name in rows.column_names), None)
+        return [None] * len(rows) if column is None else [str(value) for value in rows[column]]
+
     def same_answers(self, first: list[str], second: list[str]) -> list[bool]:
         """Whether answers (of [`Task.answer`]) mean the same, pair by pair. By default, whether they are equal."""
         return [one == other for one, other in zip(first, second, strict=True)]

@@ -218,6 +218,18 @@ class CodeTask(Task):
         """The program; see [`Task.answer`]."""
         return extract_program(text, list(names), context).strip() or None
 
+    def references(self) -> dict:
+        """The reference programs by `task_id`; see [`CodeTask.gold`]."""
+        return {}
+
+    def gold(self, rows: Dataset) -> list[str | None]:
+        """The reference programs of rows with a column `task_id`, each in a block of code; see [`Task.gold`]."""
+        if "task_id" not in rows.column_names:
+            return [None] * len(rows)
+        programs = self.references()
+        found = [programs.get(each) for each in rows["task_id"]]
+        return [None if program is None else f"```python\n{program}\n```" for program in found]
+
     def close(self) -> None:
         """End the workers of the sandbox."""
         if self.sandbox is not None:
@@ -239,6 +251,9 @@ class MBPP(CodeTask):
 
     def all_rows(self) -> dict[int, dict]:
         return {row["task_id"]: row for row in self.source("mbpp")}
+
+    def references(self) -> dict:
+        return {number: _unix(row["code"]) for number, row in self.all_rows().items()}
 
     @staticmethod
     def question(row: dict) -> dict:
@@ -294,6 +309,9 @@ class MBPPRepair(MBPP):
             for row in self.source("mbpp_repair")
         ]
 
+    def references(self) -> dict:
+        return {row["task_id"]: _unix(row["reference_code"]) for row in self.source("mbpp_repair")}
+
 
 class HumanEval(CodeTask):
     """
@@ -303,6 +321,9 @@ class HumanEval(CodeTask):
 
     name = "humaneval"
     splits = ("test",)
+
+    def references(self) -> dict:
+        return {row["task_id"]: row["prompt"] + row["canonical_solution"] for row in self.source("humaneval")}
 
     @staticmethod
     def question(code: str) -> dict:
@@ -335,6 +356,10 @@ class HumanEvalFix(HumanEval):
 
     name = "humanevalfix"
     num_given_attempts = 1
+
+    def references(self) -> dict:
+        rows = self.source("humanevalfix")
+        return {row["task_id"]: row["declaration"] + row["canonical_solution"] for row in rows}
 
     def rows(self, split: str) -> list[dict]:
         instruction = {"role": "user", "content": self.correction_instruction}

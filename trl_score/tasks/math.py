@@ -159,6 +159,10 @@ class MathTask(Task):
         }
         return [one == other or same[one, other] for one, other in pairs]
 
+    def gold(self, rows: Dataset) -> list[str]:
+        """The gold answers in the form that the prompt asks for; see [`Task.gold`]."""
+        return [f"Final Answer: The final answer is ${each}$. I hope it is correct." for each in rows["answer"]]
+
     def close(self) -> None:
         """End the workers."""
         self._pool.close()

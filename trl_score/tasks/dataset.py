@@ -1,0 +1,142 @@
+"""Problems of any dataset, graded by reward functions, as TRL's own scripts take them."""
+
+from collections.abc import Callable
+from functools import wraps
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+from .base import Task
+from .math import CORRECTION_INSTRUCTION
+
+
+TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+class DatasetTask(Task):
+    """
+    A dataset as a task. A column `prompt` holds the problems (chat messages or text); without one, `problem` or `question`
+    becomes the user's message. The other columns are given to the reward functions; `answer` is renamed to `solution` if there
+    is no such column, which is the name that TRL's functions read.
+
+    Args:
+        dataset_name (`str`):
+            Hub id, folder, or a file of JSON lines, which is the split `train`.
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        reward_funcs (`list[str]`, *optional*, defaults to `["accuracy_reward"]`):
+            Reward functions: names of TRL's (`accuracy_reward`, which compares mathematics with the column `solution`;
+            `reasoning_accuracy_reward`, `think_format_reward`), or functions of one's own, as `PACKAGE.MODULE.FUNCTION` or
+            `FILE.py:FUNCTION`. The first one grades: an attempt is right if it gives 1 or more. In training, the rewards are added.
+        splits (`dict[str, str]`, *optional*):
+            Names of the dataset's splits for `train` and `test`, where they have others.
+
+    Raises:
+        `ValueError`: If there is no such reward function.
+    """
+
+    correction_instruction = CORRECTION_INSTRUCTION
+
+    def __init__(
+        self,
+        dataset_name: str,
+        dataset_config: str | None = None,
+        reward_funcs: list[str] | None = None,
+        splits: dict[str, str] | None = None,
+    ):
+        self.name, self.config, self.splits = dataset_name, dataset_config, splits or {}
+        self.reads_mathematics = (reward_funcs or TRL_REWARDS)[0] == "accuracy_reward"
+        self.reward_funcs = [reward_function(name) for name in reward_funcs or TRL_REWARDS[:1]]
+        self._rows: DatasetDict | None = None
+
+    def load(self, split: str) -> Dataset:
+        """
+        Rows of a split; see [`Task.load`].
+
+        Raises:
+            `OSError`: If the dataset cannot be loaded.
+            `ValueError`: If it has no such split, or no column with the problems.
+        """
+        rows, split = self._load(), self.splits.get(split, split)
+        if split not in rows:
+            raise ValueError(
+                f"The dataset '{self.name}' has no split '{split}', only {sorted(rows)}. Give one of these."
+            )
+        rows = rows[split]
+        problem = next((column for column in ("problem", "question") if column in rows.column_names), None)
+        if "prompt" not in rows.column_names:
+            if problem is None:
+                raise ValueError(
+                    f"The dataset '{self.name}' has no column `prompt`, `problem` or `question`, only {sorted(rows.column_names)}. "
+                    "Rename the column that holds the problems."
+                )
+            rows = rows.map(
+                lambda row: {"prompt": [{"role": "user", "content": row[problem]}]}, remove_columns=problem
+            )
+        if "solution" not in rows.column_names and "answer" in rows.column_names:
+            rows = rows.rename_column("answer", "solution")
+        return rows
+
+    def has(self, split: str) -> bool:
+        """Whether the dataset has a split."""
+        return self.splits.get(split, split) in self._load()
+
+    def _load(self) -> DatasetDict:
+        if self._rows is None:
+            try:
+                if self.name.endswith(FILES):
+                    self._rows = load_dataset("json", data_files={"train": self.name})
+                else:
+                    self._rows = load_dataset(self.name, name=self.config)
+            except Exception as error:  # of whatever kind: what failed is said in one line
+                raise OSError(f"The dataset '{self.name}' cannot be loaded: {str(error).splitlines()[0]}") from error
+        return self._rows
+
+    def reward(self, completions: list, **kwargs) -> list[float | None]:
+        """What the first reward function gives; see [`Task.reward`]."""
+        return self.reward_funcs[0](completions=completions, **kwargs)
+
+    def gold(self, rows: Dataset) -> list[str | None]:
+        """The column `solution` in a box, for the rewards that read mathematics; see [`Task.gold`]."""
+        if "solution" not in rows.column_names or not self.reads_mathematics:
+            return [None] * len(rows)
+        return [f"\\boxed{{{each}}}" if not {"$", "\\"} & set(each) else each for each in map(str, rows["solution"])]
+
+
+def reward_function(name: str) -> Callable:
+    """
+    A reward function by its name; see [`DatasetTask`].
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    if name in TRL_REWARDS:
+        from trl import rewards
+
+        return for_text(getattr(rewards, name))
+    from . import named_object
+
+    found = (
+        named_object(name if ":" in name else ":".join(name.rsplit(".", 1)), f"`reward_funcs` '{name}'")
+        if "." in name
+        else None
+    )
+    if not callable(found):
+        raise ValueError(
+            f"`reward_funcs` has no function '{name}'. Give {', '.join(TRL_REWARDS)}, or one of yours as PACKAGE.MODULE.FUNCTION or "
+            "FILE.py:FUNCTION."
+        )
+    return found
+
+
+def for_text(reward: Callable) -> Callable:
+    """A reward function of TRL, which reads chat messages, for plain text too."""
+
+    @wraps(reward)
+    def call(completions, **kwargs):
+        messages = [
+            [{"role": "assistant", "content": each}] if isinstance(each, str) else each for each in completions
+        ]
+        return reward(messages, **kwargs)
+
+    return call
