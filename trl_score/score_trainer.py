@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .batch import Batch
-from .cache import can_reuse_cache, reused_cache
 from .callbacks import arrange, checkpoint_to_load, open_trackio
 from .checks import (
     TRAINED_FLAG,
@@ -50,6 +49,7 @@ from .checks import (
 )
 from .decoding import Decoding, keep_random_state, load_generation_config, neutral_generation, with_end_token
 from .first_attempts import is_stored, sample_or_take, stored_attempts
+from .generation import AllAttempts, can_generate_all
 from .metrics import attempt_changes, self_correction_values
 from .model_card import write_model_card
 from .objective import (
@@ -197,7 +197,7 @@ class SCoReTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self.reward_func_names = unique_names(self.reward_func_names)
-        is_sharded = self._dist.is_zero3 or self._dist.is_fsdp
+        self._is_sharded = is_sharded = self._dist.is_zero3 or self._dist.is_fsdp
         check_shards(args.reference_model_name_or_path, is_sharded)
         keep_differentiable(self.model)
         check_trainable(self.model)
@@ -224,13 +224,6 @@ class SCoReTrainer(GRPOTrainer):
         self._tables = {"train": self._logs, "eval": deepcopy(self._logs)}
         self._stage1_beta = args.stage1_beta  # of the next batch
         self._num_generated_tokens = 0  # of all processes, in training
-        self._reuses_cache = (
-            args.reuse_cache
-            and not (args.use_vllm or args.use_transformers_continuous_batching)
-            # With ZeRO-3 and FSDP, a process keeps generating until all processes have finished.
-            and not is_sharded
-            and can_reuse_cache(self.model)
-        )
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm and args.vllm_max_model_length is not None:
             limit = min(limit or args.vllm_max_model_length, args.vllm_max_model_length)
@@ -378,6 +371,52 @@ class SCoReTrainer(GRPOTrainer):
 
         self._context.check_batch(prompts, prompt_ids, batch.instructions, batch.num_attempts, batch.stored, largest)
 
+        with self._decoding(batch.mode):
+            generate = self._generate_all if self._generates_all else self._generate_each
+            batch.rollouts = rollouts = generate(prompts, prompt_ids)
+        self.model.train(batch.mode == "train")  # TRL's continuous batching leaves it in training mode
+        batch.completions = [
+            decode_attempts(self._tokenizer, prompts, rollouts, k + 1) for k in range(batch.num_attempts)
+        ]
+        masked = batch.truncated(self.eos_token_ids) if self.args.mask_truncated_completions else None
+        batch.trained = batch.trained_ids(masked)
+        return {
+            "prompt_ids": rollouts.prompt_ids,
+            "completion_ids": rollouts.completion_ids,
+            "logprobs": rollouts.completion_logprobs,
+            "env_mask": [[int(k > 0) for k in row] for row in batch.trained],
+        }
+
+    @property
+    def _generates_all(self) -> bool:
+        """Whether one `generate` of transformers makes all attempts."""
+        return (
+            self.args.reuse_cache
+            and not (self.use_vllm or self.use_transformers_continuous_batching)
+            # An override may sample in another way.
+            and getattr(self._generate_single_turn, "__func__", None) is GRPOTrainer._generate_single_turn
+            and can_generate_all(self.accelerator.unwrap_model(self.model), self.generation_config)
+        )
+
+    def _generate_all(self, prompts: list, prompt_ids: list[list[int]]) -> Rollouts:
+        batch = self._batch
+        rendered = cache(partial(self._bridge.rendered, prompts, batch.instructions))
+        attempts = AllAttempts(
+            prompt_ids,
+            lambda attempt, row, ids: self._bridge.join(ids, *rendered(attempt)[row]),
+            self.eos_token_ids,
+            batch.num_attempts,
+            batch.stored,
+            synced=self._is_sharded and self.accelerator.num_processes > 1,
+        )
+        with attempts.instead_of_generate(self.accelerator.unwrap_model(self.model)):
+            self._generate_single_turn(attempts.contexts, None, {}, num_generations=1)
+        return attempts.rollouts
+
+    def _generate_each(self, prompts: list, prompt_ids: list[list[int]]) -> Rollouts:
+        """One attempt after the other."""
+        batch = self._batch
+
         def sample(contexts, num_generations):
             return self._generate_single_turn(contexts, None, {}, num_generations=num_generations)
 
@@ -391,23 +430,7 @@ class SCoReTrainer(GRPOTrainer):
         def bridge(attempt, attempt_ids):
             return self._bridge(prompts, batch.instructions, attempt, attempt_ids)
 
-        with (
-            self._decoding(batch.mode),
-            reused_cache(self.model) if self._reuses_cache else nullcontext(),
-        ):
-            batch.rollouts = rollouts = roll_out(prompt_ids, generate, bridge, batch.num_attempts)
-        self.model.train(batch.mode == "train")  # TRL's continuous batching leaves it in training mode
-        batch.completions = [
-            decode_attempts(self._tokenizer, prompts, rollouts, k + 1) for k in range(batch.num_attempts)
-        ]
-        masked = batch.truncated(self.eos_token_ids) if self.args.mask_truncated_completions else None
-        batch.trained = batch.trained_ids(masked)
-        return {
-            "prompt_ids": rollouts.prompt_ids,
-            "completion_ids": rollouts.completion_ids,
-            "logprobs": rollouts.completion_logprobs,
-            "env_mask": [[int(k > 0) for k in row] for row in batch.trained],
-        }
+        return roll_out(prompt_ids, generate, bridge, batch.num_attempts)
 
     def _num_sampled(self, rows: int) -> int:
         """First attempts that the process which needs most of them samples: generation can be collective."""
