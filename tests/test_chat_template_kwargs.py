@@ -35,11 +35,15 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def contexts(monkeypatch):
-    """The contexts of each call of `generate`."""
-    found, generate = [], TransformersSampler.generate
-    monkeypatch.setattr(
-        TransformersSampler, "generate", lambda self, c, *rest: found.append(c) or generate(self, c, *rest)
-    )
+    """The contexts of each attempt of each batch."""
+    found, roll_out = [], TransformersSampler.roll_out
+
+    def recorded(self, prompt_ids, bridge, num_attempts, *rest):
+        rollouts = roll_out(self, prompt_ids, bridge, num_attempts, *rest)
+        found.extend(rollouts.context_ids(k + 1) for k in range(num_attempts))
+        return rollouts
+
+    monkeypatch.setattr(TransformersSampler, "roll_out", recorded)
     return found
 
 

@@ -337,6 +337,14 @@ class Bridge:
             attempt_ids (`list[list[int]]`):
                 The sampled ids of that attempt.
         """
+        rendered = self.rendered(prompts, instructions, attempt)
+        return [self.join(ids, *each) for ids, each in zip(attempt_ids, rendered, strict=True)]
+
+    def rendered(self, prompts: list, instructions: list[str], attempt: int) -> list[tuple[list[int], int]]:
+        """
+        For each row what [`Bridge.join`] makes the bridge after attempt `attempt` from, whatever that attempt says: the tokens
+        after the assistant's text, and how many of them stand before the instruction.
+        """
         # The rollouts of a problem share their bridge.
         keys = [(repr(prompt), instruction) for prompt, instruction in zip(prompts, instructions, strict=True)]
         texts = {}
@@ -347,12 +355,12 @@ class Bridge:
         heads = self._tokenize([head for head, _ in unique])
         wholes = self._tokenize([head + tail for head, tail in unique])
         tokens = {text: (whole, len(head)) for text, whole, head in zip(unique, wholes, heads, strict=True)}
-        return [self._join(ids, *tokens[texts[key]]) for key, ids in zip(keys, attempt_ids, strict=True)]
+        return [tokens[texts[key]] for key in keys]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(text=texts, add_special_tokens=False)["input_ids"]
 
-    def _join(self, attempt_ids: list[int], bridge_ids: list[int], head_length: int) -> list[int]:
+    def join(self, attempt_ids: list[int], bridge_ids: list[int], head_length: int) -> list[int]:
         """The bridge without its end of turn if the attempt ends with that token."""
         if attempt_ids and attempt_ids[-1] in self._closing_ids.intersection(bridge_ids[:head_length]):
             return bridge_ids[bridge_ids.index(attempt_ids[-1]) + 1 :]

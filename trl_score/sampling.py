@@ -5,7 +5,6 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from urllib.parse import urlsplit
@@ -24,7 +23,6 @@ from transformers import (
 )
 
 from . import fingerprints
-from .cache import can_reuse_cache, reused_cache
 from .decoding import (
     Decoding,
     end_token_ids,
@@ -34,8 +32,9 @@ from .decoding import (
     with_end_token,
 )
 from .fingerprints import hub_arguments
+from .generation import AllAttempts, can_generate_all
 from .records import processes
-from .rollout import Bridge, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
+from .rollout import Bridge, Rollouts, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
 from .tasks.base import text_of
 
 
@@ -141,19 +140,50 @@ class TokenSampler(Sampler):
     def generate(self, contexts: list[list[int]], decoding: Decoding, seed: int) -> list[list[int]]:
         """Sample one attempt for each context: its token ids, with the end-of-sequence token if it was sampled."""
 
+    def roll_out(
+        self,
+        prompt_ids: list[list[int]],
+        bridge: Callable[[int, int, list[int]], list[int]],
+        num_attempts: int,
+        decoding: Decoding,
+        seed: int,
+    ) -> Rollouts:
+        """
+        All attempts at some problems, one after the other.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Token ids of the `B` prompts.
+            bridge (`Callable[[int, int, list[int]], list[int]]`):
+                `bridge(attempt, row, attempt_ids)` returns the tokens between attempt `attempt`, from 1, of row `row`, from 0,
+                whose tokens it gets, and the next one.
+            num_attempts (`int`):
+                Attempts in a rollout.
+            decoding ([`Decoding`]):
+                How.
+            seed (`int`):
+                Of the first attempt; each later one has the next number.
+        """
+        return roll_out(
+            prompt_ids,
+            lambda contexts, k: (self.generate(contexts, decoding, seed + k - 1), None),
+            lambda k, attempt_ids: [bridge(k, row, ids) for row, ids in enumerate(attempt_ids)],
+            num_attempts,
+        )
+
     def sample(
         self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
         bridge = Bridge(self.tokenizer, self.chat_template_kwargs, end_token_ids=self.eos_token_ids)
-
-        def between(attempt, attempt_ids):
-            return bridge(prompts, [instructions[attempt - 1]] * len(prompts), attempt, attempt_ids)
-
-        def generate(contexts, attempt):
-            return self.generate(contexts, decoding, seed + attempt + given), None
-
+        rendered = cache(lambda k: bridge.rendered(prompts, [instructions[k - 1]] * len(prompts), k))
         number = len(instructions) + 1
-        rollouts = roll_out([self.tokenize(prompt) for prompt in prompts], generate, between, number)
+        rollouts = self.roll_out(
+            [self.tokenize(prompt) for prompt in prompts],
+            lambda k, row, ids: bridge.join(ids, *rendered(k)[row]),
+            number,
+            decoding,
+            seed + 1 + given,
+        )
         texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(number)]
         return [
             [
@@ -174,7 +204,8 @@ class TransformersSampler(TokenSampler):
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Its tokenizer; by default, the one saved with it.
         reuse_cache (`bool`, *optional*, defaults to `True`):
-            Reuse the key-value cache of the attempt before, where the model allows it.
+            Generate all attempts in one call, in which nothing is read twice, where the model allows it. False: a call for each
+            attempt, which reads its whole context.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments of the chat template; by default, those the model was trained with.
         **kwargs:
@@ -212,7 +243,7 @@ class TransformersSampler(TokenSampler):
         self.model = model
         self._set_tokenizer(tokenizer, chat_template_kwargs, model.generation_config)
         tokenizer = self.tokenizer
-        self.reuse_cache = reuse_cache and can_reuse_cache(model)
+        self.reuse_cache = reuse_cache
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @staticmethod
@@ -231,13 +262,30 @@ class TransformersSampler(TokenSampler):
             "quantization": _plain(getattr(self.model.config, "quantization_config", None)),
         }
 
-    def sample(
-        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
-    ) -> list[list[Attempt]]:
-        with neutral_generation(self.model), reused_cache(self.model) if self.reuse_cache else nullcontext():
-            return super().sample(prompts, instructions, decoding, seed, given)
+    def roll_out(
+        self,
+        prompt_ids: list[list[int]],
+        bridge: Callable[[int, int, list[int]], list[int]],
+        num_attempts: int,
+        decoding: Decoding,
+        seed: int,
+    ) -> Rollouts:
+        """All attempts at some problems: in one `generate`, drawn from one seed, where the model allows it."""
+        config = decoding.generation_config(sorted(self.eos_token_ids), self.pad_token_id)
+        overridden = type(self).generate is not TransformersSampler.generate  # it may sample in another way
+        if overridden or not (self.reuse_cache and can_generate_all(self.model, config)):
+            return super().roll_out(prompt_ids, bridge, num_attempts, decoding, seed)
+        attempts = AllAttempts(prompt_ids, bridge, self.eos_token_ids, num_attempts)
+        self._generate(attempts.contexts, decoding, seed, custom_generate=attempts)
+        return attempts.rollouts
 
     def generate(self, contexts: list[list[int]], decoding: Decoding, seed: int) -> list[list[int]]:
+        longest = max(map(len, contexts))
+        output = self._generate(contexts, decoding, seed)
+        return [self._until_end(ids) for ids in output[:, longest:].tolist()]
+
+    def _generate(self, contexts: list[list[int]], decoding: Decoding, seed: int, **kwargs) -> torch.Tensor:
+        """The contexts, padded on the left, and what is generated after them: (B, T)."""
         longest = max(map(len, contexts))
         pad = [[self.pad_token_id] * (longest - len(ids)) for ids in contexts]  # on the left
         device = self.model.device
@@ -250,14 +298,14 @@ class TransformersSampler(TokenSampler):
         try:
             with keep_random_state(), neutral_generation(self.model), torch.inference_mode():
                 torch.manual_seed(seed)
-                output = self.model.generate(
+                return self.model.generate(
                     input_ids=input_ids,
                     attention_mask=mask,
                     generation_config=decoding.generation_config(sorted(self.eos_token_ids), self.pad_token_id),
+                    **kwargs,
                 )
         finally:
             self.model.train(training)
-        return [self._until_end(ids) for ids in output[:, longest:].tolist()]
 
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), len(ids) - 1)

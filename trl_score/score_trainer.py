@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -34,7 +34,6 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .batch import Batch
-from .cache import can_reuse_cache, reused_cache
 from .callbacks import open_trackio
 from .checks import (
     check_datasets,
@@ -48,6 +47,7 @@ from .checks import (
 from .context import ContextCheck, context_limit
 from .decoding import trainer_decoding, trainer_tokenizer
 from .first_attempts import is_stored, most_sampled, sample_or_take, stored_attempts
+from .generation import AllAttempts, can_generate_all
 from .model_card import write_model_card
 from .objective import (
     Stage,
@@ -236,13 +236,6 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self.mask_truncated_completions = False
         # Training and evaluation can have different columns, so each has a completions table of its own.
         self._tables = {"train": self._logs, "eval": deepcopy(self._logs)}
-        self._reuses_cache = (
-            args.reuse_cache
-            and not (args.use_vllm or args.use_transformers_continuous_batching)
-            # With ZeRO-3 and FSDP, a process keeps generating until all processes have finished.
-            and not (self._dist.is_zero3 or self._dist.is_fsdp)
-            and can_reuse_cache(self.model)
-        )
         limit = context_limit(self.model.config, args)
         self._context = ContextCheck(limit, self.max_completion_length, self._bridge)
         self._context.check_datasets(
@@ -356,14 +349,9 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             prompts, prompt_ids, batch.instructions, batch.num_attempts, batch.stored, self._largest
         )
 
-        def bridge(attempt, attempt_ids):
-            return self._bridge(prompts, batch.instructions, attempt, attempt_ids)
-
-        with (
-            trainer_decoding(self, batch.mode),
-            reused_cache(self.model) if self._reuses_cache else nullcontext(),
-        ):
-            batch.rollouts = rollouts = roll_out(prompt_ids, self._sample_attempt, bridge, batch.num_attempts)
+        with trainer_decoding(self, batch.mode):
+            generate = self._generate_all if self._generates_all else self._generate_each
+            batch.rollouts = rollouts = generate(prompts, prompt_ids)
         self.model.train(batch.mode == "train")  # TRL's continuous batching leaves it in training mode
         batch.completions = [
             decode_attempts(self._tokenizer, prompts, rollouts, k + 1) for k in range(batch.num_attempts)
@@ -377,17 +365,52 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             "env_mask": [[int(k > 0) for k in row] for row in batch.trained],
         }
 
-    def _sample_attempt(self, contexts: list[list[int]], attempt: int) -> tuple[list, list | None]:
+    @property
+    def _generates_all(self) -> bool:
+        """Whether one `generate` of transformers makes all attempts."""
+        return (
+            self.args.reuse_cache
+            and not (self.use_vllm or self.use_transformers_continuous_batching)
+            # An override may sample in another way.
+            and getattr(self._generate_single_turn, "__func__", None) is GRPOTrainer._generate_single_turn
+            and can_generate_all(self.accelerator.unwrap_model(self.model), self.generation_config)
+        )
+
+    def _generate_all(self, prompts: list, prompt_ids: list[list[int]]) -> Rollouts:
+        batch = self._batch
+        rendered = cache(partial(self._bridge.rendered, prompts, batch.instructions))
+        is_sharded = self._dist.is_zero3 or self._dist.is_fsdp
+        attempts = AllAttempts(
+            prompt_ids,
+            lambda attempt, row, ids: self._bridge.join(ids, *rendered(attempt)[row]),
+            self.eos_token_ids,
+            batch.num_attempts,
+            batch.stored,
+            synced=is_sharded and self.accelerator.num_processes > 1,
+        )
+        with attempts.instead_of_generate(self.accelerator.unwrap_model(self.model)):
+            self._generate_single_turn(attempts.contexts, None, {}, num_generations=1)
+        return attempts.rollouts
+
+    def _generate_each(self, prompts: list, prompt_ids: list[list[int]]) -> Rollouts:
+        """One attempt after the other."""
+        batch = self._batch
+
         def sample(contexts, num_generations):
             return self._generate_single_turn(contexts, None, {}, num_generations=num_generations)
 
-        batch = self._batch
-        if attempt > 1:  # the rollouts of a problem share their prompt, but not their first attempt
-            return sample(contexts, 1)
-        if self.args.num_offline and batch.mode == "train":
-            most = most_sampled(len(contexts), self.accelerator.num_processes, self.args)
-            return sample_or_take(contexts, batch.stored, sample, most)
-        return sample(contexts, batch.num_generations)
+        def generate(contexts, attempt):
+            if attempt > 1:  # the rollouts of a problem share their prompt, but not their first attempt
+                return sample(contexts, 1)
+            if self.args.num_offline and batch.mode == "train":
+                most = most_sampled(len(contexts), self.accelerator.num_processes, self.args)
+                return sample_or_take(contexts, batch.stored, sample, most)
+            return sample(contexts, batch.num_generations)
+
+        def bridge(attempt, attempt_ids):
+            return self._bridge(prompts, batch.instructions, attempt, attempt_ids)
+
+        return roll_out(prompt_ids, generate, bridge, batch.num_attempts)
 
     def _prompt_ids(self, prompts: list) -> list[list[int]]:
         """Token ids of each prompt; those of a problem's rollouts, which are consecutive, are made once."""
