@@ -9,7 +9,7 @@ from trl import is_conversational
 
 from .checks import named_datasets
 from .first_attempts import attempt_tokens
-from .rollout import Bridge
+from .rollout import Bridge, check_chat_template
 from .score_config import SCoReConfig
 
 
@@ -151,11 +151,8 @@ class ContextCheck:
             dataset = Dataset.from_list(rows)
         dataset = dataset.select_columns([each for each in columns if each in dataset.column_names])
         row = dataset[0]
-        if is_conversational(row) and self.bridge.tokenizer.chat_template is None:
-            raise ValueError(
-                "The dataset's prompts are chat messages, but the tokenizer has no chat template. Use a tokenizer that has "
-                "one, set `tokenizer.chat_template`, or give the prompts as text."
-            )
+        if is_conversational(row):
+            check_chat_template(self.bridge.tokenizer)
         self.bridge_tokens([row["prompt"]], [row.get("correction_instruction") or instruction], num_attempts)
         if self.limit is None:
             return

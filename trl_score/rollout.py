@@ -134,12 +134,31 @@ def tokenize_prompt(
     """
     Token ids of a prompt, chat messages (with the generation prompt) or text, as in training. `chat_template_kwargs` are further
     arguments of the chat template.
+
+    Raises:
+        `ValueError`: if the prompt is chat messages and the tokenizer has no chat template.
     """
     if not is_conversational({"prompt": prompt}):
         return tokenizer(text=prompt)["input_ids"]
+    check_chat_template(tokenizer)
     return tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
     )["input_ids"]
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Refuse prompts of chat messages where nothing says how to render them.
+
+    Raises:
+        `ValueError`: if the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"The prompts are chat messages, but the tokenizer has no chat template: '{tokenizer.name_or_path}' is a base model, "
+            "which does not answer in turns. Use its instruction-tuned version, or fine-tune it with a chat template first "
+            "(`trl.clone_chat_template`, `SFTTrainer`). A template alone is `tokenizer.chat_template`."
+        )
 
 
 def save_rollout_settings(
