@@ -217,14 +217,19 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
 
     def _set_reference(self, given: "str | PreTrainedModel | PeftModel"):
         """Make the base model the reference of the KL penalties, and check that training leaves it as it is."""
-        named, is_sharded = self.args.reference_model_name_or_path, self._dist.is_zero3 or self._dist.is_fsdp
-        check_shards(named, is_sharded)
+        named = self.args.reference_model_name_or_path
+        check_shards(named, self._is_sharded)
         reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
-        set_reference(self.model, reference, self.args, is_copied=not (isinstance(given, str) or is_sharded))
-        if is_peft_model(self.model) and self.beta != 0.0 and not is_sharded:
+        set_reference(self.model, reference, self.args, is_copied=not (isinstance(given, str) or self._is_sharded))
+        if is_peft_model(self.model) and self.beta != 0.0 and not self._is_sharded:
             check_reference_is_fixed(self.model)
         is_base = not isinstance(given, PeftModel) and named in (None, get_config_model_id(self.model.config))
         self._starts_at_reference = self.beta != 0.0 and is_base  # until the first batch is checked
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether no process has the whole weights."""
+        return self._dist.is_zero3 or self._dist.is_fsdp
 
     def _set_rollout(self):
         """Let TRL sample rollouts of several attempts, and check that these fit the context."""
@@ -241,7 +246,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             args.reuse_cache
             and not (args.use_vllm or args.use_transformers_continuous_batching)
             # With ZeRO-3 and FSDP, a process keeps generating until all processes have finished.
-            and not (self._dist.is_zero3 or self._dist.is_fsdp)
+            and not self._is_sharded
             and can_reuse_cache(self.model)
         )
         limit = context_limit(self.model.config, args)
