@@ -330,6 +330,6 @@ def test_weights_of_a_stage_without_a_best_checkpoint_stay_as_they_are(make_arit
 def test_what_cannot_work_is_said(make_arithmetic_trainer):
     with pytest.raises(ValueError, match="writes none"):
         make_arithmetic_trainer({"callbacks": [KeepBestCheckpoint()]}, save_strategy="no")
-    for kind in (CollapseAlarm, KeepBestCheckpoint):
-        with pytest.raises(ValueError, match="number of logs"):
+    for kind, unit in ((CollapseAlarm, "steps"), (KeepBestCheckpoint, "logs")):
+        with pytest.raises(ValueError, match=f"`window=0` is a number of {unit}. Set it to 1 or more"):
             kind(0)

@@ -262,7 +262,7 @@ class SCoReConfig(GRPOConfig):
             )
         if isinstance(self.stage1_steps, float) and self.stage1_steps == 1:
             raise ValueError(
-                "`stage1_steps=1.0` can mean one step or the whole run. For Stage I only, set it to `max_steps` or more. For a "
+                "`stage1_steps=1.0` can mean one step or the whole run. For Stage I only set it to `max_steps` or more. For a "
                 "single step, set the integer 1 in Python or YAML. The command line reads every number as a float, so set there "
                 "a share of `max_steps` that rounds to one step."
             )
