@@ -73,6 +73,21 @@ def test_nothing_is_said_before_the_window_is_full_or_of_single_attempts(caplog)
     assert "collapse" not in logs
 
 
+@pytest.mark.parametrize(("interval", "window", "sets_off"), [
+    (10, 10, 2), (5, 10, 2), (2, 10, 5), (1, 10, 10), (10, 40, 4), (10, 1, 1),
+])  # fmt: skip
+def test_the_alarm_counts_steps_however_many_a_log_covers(interval, window, sets_off):
+    """Copies in a short Stage I: with a log for 10 steps, the default of TRL, the second log sets it off and not the tenth."""
+    alarm, state, found = CollapseAlarm(window), TrainerState(), []
+    for number in range(1, 13):
+        logs = {"stage": 1.0, "changed_ratio": 0.0, "delta_i_to_c": 0.0, "accuracy_t1": 0.5}
+        state.global_step = number * interval
+        state.log_history.append(logs | {"step": state.global_step})
+        alarm.on_log(TWO_ATTEMPTS, state, None, logs=logs)
+        found.append(logs["collapse"])
+    assert found.index(1.0) + 1 == sets_off
+
+
 class Tracker(TrainerCallback):
     """What TensorBoard, trackio and W&B get through `report_to`: the logs that callbacks see."""
 
@@ -315,6 +330,6 @@ def test_weights_of_a_stage_without_a_best_checkpoint_stay_as_they_are(make_arit
 def test_what_cannot_work_is_said(make_arithmetic_trainer):
     with pytest.raises(ValueError, match="writes none"):
         make_arithmetic_trainer({"callbacks": [KeepBestCheckpoint()]}, save_strategy="no")
-    for kind in (CollapseAlarm, KeepBestCheckpoint):
-        with pytest.raises(ValueError, match="number of logs"):
+    for kind, unit in ((CollapseAlarm, "steps"), (KeepBestCheckpoint, "logs")):
+        with pytest.raises(ValueError, match=f"`window=0` is a number of {unit}. Set it to 1 or more"):
             kind(0)

@@ -21,7 +21,7 @@ from peft import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from trl.trainer.utils import create_model_from_path
 
-from trl_score.checks import check_devices, check_schedule, length_of_run, warn_of_dropout
+from trl_score.checks import check_devices, check_schedule, check_stage1_steps, length_of_run, warn_of_dropout
 from trl_score.context import ContextCheck
 from trl_score.objective import Stage, stage_one, stage_two, two_stages
 from trl_score.reference import check_adapter, check_reference_is_fixed, check_start
@@ -395,6 +395,27 @@ def test_a_stage_of_an_own_schedule_is_refused_if_it_is_skipped_or_nothing():
     with pytest.raises(TypeError, match=r"`schedule\(0, 4\)` returned `int`. Return a `trl_score.objective.Stage`"):
         check_schedule(lambda step, _: 1, 4, [0, 2], num_attempts=2)
     check_schedule(lambda s, m: two_stages(s, m, stage1_steps=9, num_attempts=2), 8, [0], num_attempts=2)
+
+
+@pytest.mark.parametrize(("share", "max_steps", "message"), [
+    (0.1, 4, r"`stage1_steps=0.1` rounds to none of the 4 steps, so Stage I would be left out"),
+    (0.9, 4, r"`stage1_steps=0.9` rounds to all of the 4 steps, so Stage II would be left out"),
+    (0.5, 2, None), (0.1, 10, None), (0, 4, None), (4, 4, None), (9, 4, None), (1, 4, None), (0.5, 1, None),
+])  # fmt: skip
+def test_a_share_that_leaves_out_a_stage_is_refused(make_letters_trainer, share, max_steps, message):
+    """A share asks for both stages; 0 and `max_steps` ask for one, and a run of a single step has one."""
+    if message is None:
+        check_stage1_steps(share, max_steps)
+        return
+    with pytest.raises(ValueError, match=message):
+        make_letters_trainer(stage1_steps=share, max_steps=max_steps)
+
+
+def test_a_share_of_epochs_is_checked_and_a_schedule_of_ones_own_is_not(make_letters_trainer, make_arithmetic_trainer):
+    with pytest.raises(ValueError, match="rounds to none of the 4 steps"):
+        make_letters_trainer(stage1_steps=0.1, max_steps=-1, num_train_epochs=1)
+    own = {"schedule": lambda step, max_steps: stage_two(2)}
+    assert make_arithmetic_trainer(own, stage1_steps=0.1, max_steps=4).stage_at(0) == stage_two(2)
 
 
 def stream(rows):

@@ -120,6 +120,18 @@ def test_one_step_of_stage_one_is_an_integer_or_a_share(tmp_path):
         TrlParser(SCoReConfig).parse_args_and_config(["--output_dir", str(tmp_path), "--stage1_steps", "1"])
 
 
+@pytest.mark.parametrize("asked", [{}, {"bf16": True}])
+def test_bfloat16_without_a_gpu_says_what_to_set(tmp_path, asked, monkeypatch):
+    """transformers only says that the setup does not support it."""
+    monkeypatch.setattr("trl_score.score_config.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"no GPU that supports it. Set `use_cpu=True` to .* `bf16=False` to train in float32"
+    ):
+        SCoReConfig(str(tmp_path), **asked)
+    assert SCoReConfig(str(tmp_path), use_cpu=True, **asked).bf16
+    assert not SCoReConfig(str(tmp_path), bf16=False).bf16
+
+
 def test_training_without_any_kl_is_allowed(tmp_path):
     SCoReConfig(str(tmp_path), bf16=False, beta=0.0, stage1_beta=0.0)
     SCoReConfig(str(tmp_path), bf16=False, beta=0.0, stage1_steps=0)

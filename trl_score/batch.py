@@ -12,14 +12,14 @@ from .rollout import Rollouts
 @dataclass
 class Batch:
     """
-    The rollouts that are being made, graded and credited. TRL calls the trainer's overrides one after the other and hands none
-    of this from one to the next, so the trainer holds the batch, and each override fills in its part.
+    The rollouts that are being made, graded and credited. TRL calls the trainer's hooks one after the other and passes none of this
+    between them. So the trainer holds the batch, and each hook fills in its part.
 
     Attributes:
         mode (`str`):
             `"train"` or `"eval"`.
         stage ([`~trl_score.objective.Stage`]):
-            The stage that the rollouts are made for. It stays theirs, however long they are trained on.
+            The stage that the rollouts are made for. It does not change, however long they are trained on.
         num_attempts (`int`):
             Attempts in a rollout, `K`.
         num_generations (`int`):
@@ -27,7 +27,7 @@ class Batch:
         instructions (`list[str]`):
             The user's turn between two attempts, for each of the `B` rows of this process.
         stored (`list[list[int] | None]`):
-            For each row the tokens of a stored first attempt, which is neither sampled nor trained; `None` for a sampled one.
+            For each row the tokens of a stored first attempt, which is neither sampled nor trained, or `None`.
         rollouts ([`~trl_score.rollout.Rollouts`]):
             Filled in by generation.
         completions (`list[list]`):
@@ -59,8 +59,8 @@ class Batch:
 
     def trained_ids(self, truncated: list[list[bool]] | None = None) -> list[list[int]]:
         """
-        For each token after the prompt the attempt that it belongs to, 0 at attempts that are not trained: stored ones, and
-        the `truncated` ones if given.
+        For each token after the prompt its attempt, or 0 if the attempt is not trained. Stored attempts are not trained, nor are
+        truncated ones if `truncated` is given.
         """
         untrained = truncated or [[False] * self.num_attempts for _ in self.stored]
         untrained = [[row[0] or ids is not None, *row[1:]] for row, ids in zip(untrained, self.stored, strict=True)]

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: the alarm for collapse, the best checkpoint of each stage, and trackers that may fail."""
+"""Callbacks of a training run: an alarm for collapse, the best checkpoint of each stage, and trackers whose errors do not end the run."""
 
 import json
 import logging
@@ -18,35 +18,40 @@ from transformers.trainer_callback import ExportableState
 
 logger = logging.getLogger(__name__)
 
-CHANGED_AT_LEAST = 0.01  # share of attempts that differ from the one before
+CHANGED_AT_LEAST = 0.01  # share of attempts that differ from the previous one
 CORRECTED_AT_LEAST = 0.002  # share of rollouts
 BEST = "best.json"
 ADVICE = {
     1: "A longer Stage I does not help here. Try another `correction_instruction` (measure how often the base model corrects "
     "itself with it), another `temperature`, or a lower `learning_rate`.",
-    2: "Try a longer Stage I (`stage1_steps`), a larger bonus (`alpha`), a lower learning rate, or more problems.",
+    2: "Try a longer Stage I (`stage1_steps`), a larger bonus (`alpha`), a lower `learning_rate`, or more problems.",
 }
 
 
 def recent(history: list[dict], key: str, stage: int, window: int) -> list[float]:
-    """The last values of a key that were logged in a stage, `window` at most; without those that are no numbers."""
+    """The last values of a key in the logs of a stage, at most `window`. Values that are not numbers are left out."""
     values = [log[key] for log in history if log.get("stage") == stage and log.get(key) is not None]
     return [value for value in values if not math.isnan(value)][-window:]
 
 
 class CollapseAlarm(TrainerCallback):
     """
-    Warns once in each stage when self-correction has collapsed: over a window of logs, attempts are no longer changed, or
-    wrong ones are no longer corrected (Section 4). Adds `collapse` to each log: 1 from then on in that stage, else 0.
+    Warns once in each stage, Stage I or II, when self-correction has collapsed (Section 4). The second attempts are copies of the
+    first (`changed_ratio` below 1 %), or none of them corrects a wrong first attempt (`delta_i_to_c` below 0.2 %, with more than
+    5 % of the first attempts wrong). Adds `collapse` to each log: 1 from the warning on in that stage, else 0.
 
     Args:
         window (`int`, *optional*, defaults to `10`):
-            Number of logs.
+            Optimizer steps of the stage that the metrics are averaged over. With `logging_steps` above 1, these are as many logs as
+            cover the steps, and at least two.
+
+    Raises:
+        `ValueError`: if the window is below 1.
     """
 
     def __init__(self, window: int = 10):
         if window < 1:
-            raise ValueError(f"`window={window}` is a number of logs. Set it to 1 or more, or leave the alarm out.")
+            raise ValueError(f"`window={window}` is a number of steps. Set it to 1 or more, or leave the alarm out.")
         self.window, self.collapsed = window, set()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -55,18 +60,18 @@ class CollapseAlarm(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or "stage" not in logs or args.num_attempts == 1:
             return
-        stage = int(logs["stage"])  # the first one of two in an interval
+        stage = int(logs["stage"])  # 1 if an interval has steps of both stages
         if logs["stage"] == stage and stage not in self.collapsed:
             self._look(state, stage)
         logs["collapse"] = float(stage in self.collapsed)
-        if state.log_history:  # written before this is called
+        if state.log_history:  # the Trainer has written the log already
             state.log_history[-1]["collapse"] = logs["collapse"]
 
     def _look(self, state, stage: int):
-        mean = {}
+        mean, number = {}, self._number_of_logs(state.log_history)
         for key in ("changed_ratio", "delta_i_to_c", "accuracy_t1"):
-            values = recent(state.log_history, key, stage, self.window)
-            mean[key] = sum(values) / len(values) if len(values) == self.window else float("nan")
+            values = recent(state.log_history, key, stage, number)
+            mean[key] = sum(values) / len(values) if len(values) == number else float("nan")
         unchanged = mean["changed_ratio"] < CHANGED_AT_LEAST
         uncorrected = mean["delta_i_to_c"] < CORRECTED_AT_LEAST and mean["accuracy_t1"] < 0.95
         if not (unchanged or uncorrected):
@@ -75,24 +80,33 @@ class CollapseAlarm(TrainerCallback):
         if state.is_world_process_zero:
             logger.warning(
                 f"Self-correction has collapsed in Stage {'I' * stage} (step {state.global_step}): over the last "
-                f"{self.window} logs {mean['changed_ratio']:.2%} of the attempts differ from the one before, and "
+                f"{number} logs, {mean['changed_ratio']:.2%} of the attempts differ from the previous one, and "
                 f"{mean['delta_i_to_c']:.2%} of the rollouts turn from wrong to right, with {1 - mean['accuracy_t1']:.1%} of "
                 f"the first attempts wrong. {ADVICE[stage]}"
             )
+
+    def _number_of_logs(self, history: list[dict]) -> int:
+        """The logs that cover the window. A log averages over the steps since the log before it."""
+        steps = [log["step"] for log in history if "stage" in log and "step" in log]
+        interval = max(steps[-1] - steps[-2], 1) if len(steps) > 1 else 1
+        return max(math.ceil(self.window / interval), min(self.window, 2))
 
 
 class KeepBestCheckpoint(TrainerCallback, ExportableState):
     """
     Keeps a copy of the checkpoint with the highest training reward of the last attempt, for each stage (the paper's choice
-    of checkpoint, Appendix B): `_best-stage1` and `_best-stage2` in the output folder, which an upload to the Hub leaves out.
-    A copy belongs to the run that made it. What an earlier run has kept, or a resumed run after the step it resumes from,
-    gets a number (`_best-stage2.1`) and is not compared with.
+    of checkpoint, Appendix B). The copies are `_best-stage1` and `_best-stage2` in the output folder, and an upload to the Hub
+    leaves them out. A copy belongs to the run that made it. A copy of an earlier run, or of a step after the one that a run
+    resumes from, is renamed (`_best-stage2.1`) and not compared.
 
     Args:
         window (`int`, *optional*, defaults to `10`):
             Logs of the stage that the reward is averaged over.
         load_at_end (`bool`, *optional*, defaults to `False`):
             Load the best checkpoint of the run's last stage when training ends.
+
+    Raises:
+        `ValueError`: if the window is below 1, or if the run writes no checkpoints.
     """
 
     def __init__(self, window: int = 10, load_at_end: bool = False):
@@ -121,7 +135,7 @@ class KeepBestCheckpoint(TrainerCallback, ExportableState):
                 name = next(name for i in count(1) if not (name := Path(f"{kept}.{i}")).exists())
                 kept.rename(name)
                 logger.warning(
-                    f"'{kept}' is of an earlier run, or of later steps of this one. It is now '{name.name}'."
+                    f"'{kept}' belongs to an earlier run, or to a later step of this run. It was renamed to '{name.name}'."
                 )
 
     def _is_own(self, kept: Path, step: int) -> bool:
@@ -159,8 +173,8 @@ class KeepBestCheckpoint(TrainerCallback, ExportableState):
 
 def best_checkpoint(output_dir: str | Path, stage: int | None = None) -> Path | None:
     """
-    The folder that [`KeepBestCheckpoint`] keeps for a stage, by default for the last one that has one; `None` if there is
-    none.
+    The folder that [`KeepBestCheckpoint`] keeps for a stage; by default for Stage II, or for Stage I if there is none of Stage
+    II. `None` if there is no such folder.
     """
     for each in (2, 1) if stage is None else (stage,):
         if (folder := Path(output_dir) / f"_best-stage{each}" / BEST).exists():
@@ -168,13 +182,13 @@ def best_checkpoint(output_dir: str | Path, stage: int | None = None) -> Path | 
     return None
 
 
-# --- what the trainer asks its callbacks for ---
+# --- called by the trainer ---
 
 
 def checkpoint_to_load(callbacks: list[TrainerCallback], args, state) -> str | None:
     """
-    The checkpoint to load when training has ended, if a [`KeepBestCheckpoint`] says so: the best one of the last stage that
-    the run reached. The first process looks for it, and tells the others, which may not see its files.
+    The checkpoint to load when training has ended, if a [`KeepBestCheckpoint`] asks for it: the best one of the last stage that
+    the run reached. The main process looks for it and tells the others, which may not see the files.
     """
     if not any(isinstance(callback, KeepBestCheckpoint) and callback.load_at_end for callback in callbacks):
         return None
@@ -193,8 +207,8 @@ def checkpoint_to_load(callbacks: list[TrainerCallback], args, state) -> str | N
 
 def arrange(trainer) -> None:
     """
-    Put the alarm before the trackers and progress bars, which show what it adds to a log, and see to it that a tracker of
-    `report_to` that fails does not end the run.
+    Put the alarm before the trackers and progress bars, so that these show `collapse`, and keep errors of a tracker of `report_to`
+    from ending the run.
     """
     callbacks = trainer.callback_handler.callbacks
     callbacks.sort(key=lambda callback: not isinstance(callback, CollapseAlarm))
@@ -205,12 +219,12 @@ def arrange(trainer) -> None:
 
 
 def trackers(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
-    """Those of `report_to`."""
+    """The trackers of `report_to` among some callbacks."""
     return [callback for callback in callbacks if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values()))]
 
 
 def _let_fail(tracker: TrainerCallback, args) -> None:
-    """The first error of the tracker is a warning, and its `failure`; from then on nothing is reported to it."""
+    """Turn the first error of a tracker into a warning, and report nothing to it from then on."""
     tracker.failure = None
 
     def guarded(event):
@@ -222,7 +236,7 @@ def _let_fail(tracker: TrainerCallback, args) -> None:
                 return event(*arguments, **kwargs)
             except Exception as error:
                 tracker.failure = error
-                # TRL also logs to some trackers by itself, where `report_to` has them.
+                # TRL also logs to some trackers by itself, as long as `report_to` names them.
                 args.report_to = [
                     each for each in args.report_to if INTEGRATION_TO_CALLBACK[each] is not type(tracker)
                 ]
@@ -238,8 +252,8 @@ def _let_fail(tracker: TrainerCallback, args) -> None:
 
 def open_trackio(trainer) -> None:
     """
-    Start trackio's run, or resume it by its name, where it is not open. TRL logs to trackio in every generation, which fails
-    outside of a run, and trackio's callback ends the run with `train()`.
+    Open the run of trackio, or resume it by its name, if it is not open. TRL logs to trackio in every generation, which fails
+    without an open run, and the callback of trackio closes the run when `train()` ends.
     """
     args = trainer.args
     for callback in trackers(trainer.callback_handler.callbacks):

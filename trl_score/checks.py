@@ -2,8 +2,8 @@
 A run that cannot work is refused when the trainer is constructed, most of the time before a model is loaded.
 
 Every check takes values and settings, never the trainer. It returns nothing, or raises an error that says what was set, why it cannot
-work and what to do. The checks of the settings alone are in `score_config.py`, those of the reference model in `reference.py`, and
-those of the model's context in `context.py`.
+work and what to do. Checks of the settings alone are in `score_config.py`, checks of the reference model in `reference.py`, and checks
+of the context length in `context.py`.
 """
 
 import math
@@ -20,7 +20,7 @@ from .score_config import SCoReConfig
 
 
 def check_unsupported(**arguments):
-    """Arguments of [`~trl.GRPOTrainer`] that replace the rollout are left out."""
+    """No argument of [`~trl.GRPOTrainer`] replaces the rollout."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"`{name}` is not supported by SCoRe, whose rollout is the attempts. Leave it out.")
@@ -244,7 +244,7 @@ def warn_of_dropout(model: nn.Module):
 
 def check_devices(devices: list[str]):
     """
-    In an evaluation with vLLM in several processes, each has a GPU of its own.
+    In an evaluation with vLLM, no two processes share a GPU.
 
     Args:
         devices (`list[str]`):

@@ -1,7 +1,7 @@
 """
-How an attempt is decoded, the same on every path: from the model's own distribution, shaped by a temperature and `top_p` and by
-nothing else. A checkpoint's `generation_config.json` often says more (`repetition_penalty`, `min_p`, `suppress_tokens`, ..). Of it
-only the special tokens are used: with the rest, a measurement would be of another distribution than the one that is trained.
+How an attempt is decoded, in training and in evaluation: from the model's distribution, shaped by a temperature and `top_p` and by
+nothing else. A checkpoint's `generation_config.json` often has more options (`repetition_penalty`, `min_p`, `suppress_tokens`, ..).
+Only its special tokens are used. With the other options, evaluation would measure another distribution than the trained one.
 """
 
 import copy
@@ -25,7 +25,7 @@ from transformers import (
 from .fingerprints import base_of_adapter, hub_arguments
 
 
-# Of `generation_kwargs`: what does not change the distribution that attempts are sampled from ..
+# Options in `generation_kwargs` that do not change the distribution that attempts are sampled from ..
 TECHNICAL_GENERATION_KWARGS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "stop", "stop_strings", "stop_token_ids", "tokenizer", "seed"),
     *("max_length", "max_new_tokens", "max_tokens", "max_time", "use_cache", "cache_implementation", "cache_config"),
@@ -33,7 +33,7 @@ TECHNICAL_GENERATION_KWARGS = {
     *("logprobs", "prompt_logprobs", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
     *("return_dict_in_generate", "return_legacy_cache", "synced_gpus"),
 }
-# .. and the values with which the rest does not change it either. All others are neutral as None.
+# .. and the values with which other options do not change it either. An option in neither list is neutral if it is None.
 NEUTRAL_GENERATION_KWARGS = {
     **{"do_sample": True, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0},
     **{"eta_cutoff": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1},
@@ -45,15 +45,15 @@ NEUTRAL_GENERATION_KWARGS = {
 @dataclass(frozen=True)
 class Decoding:
     """
-    How an attempt is decoded.
+    Temperature, `top_p` and length of an attempt.
 
     Args:
         temperature (`float`, *optional*, defaults to `0.0`):
-            0 is greedy.
+            Sampling temperature. 0 is greedy decoding.
         top_p (`float`, *optional*, defaults to `1.0`):
             Sample from the most likely tokens whose probabilities add up to this share.
         max_completion_length (`int`, *optional*, defaults to `1024`):
-            Tokens of one attempt.
+            Largest number of tokens of one attempt.
     """
 
     temperature: float = 0.0
@@ -61,7 +61,7 @@ class Decoding:
     max_completion_length: int = 1024
 
     def generation_config(self, end_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
-        """What `generate` of transformers is called with. The model's own configuration has to be [`neutral_generation`]'s."""
+        """The argument of `generate` of transformers. The model has to be within [`neutral_generation`] when it is called."""
         sampling = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
@@ -76,9 +76,8 @@ class Decoding:
 @contextmanager
 def neutral_generation(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """
-    Within this context the model's `generation_config` holds its special tokens and nothing else. `generate` fills every field
-    that its caller left unset from there, so passing a `GenerationConfig` of one's own is not enough. The model's own
-    configuration is back afterwards.
+    Within this context the `generation_config` of a model has its special tokens and nothing else. It is needed because `generate`
+    fills every field that its caller left unset from there. The former configuration is back afterwards.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -88,7 +87,7 @@ def neutral_generation(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     before = base.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     neutral = GenerationConfig(**{name: getattr(before, name) for name in names})
-    # An adapter's model may have a reference of its own, and hands it to the model below when it generates.
+    # An adapter's model may hold the configuration too, and hands it to the model below when it generates.
     holders = [(each, vars(each)["generation_config"]) for each in (base, model) if "generation_config" in vars(each)]
     for each, _ in holders:
         each.generation_config = neutral
@@ -102,7 +101,7 @@ def neutral_generation(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 @contextmanager
 def trainer_decoding(trainer, mode: str) -> Iterator[None]:
     """
-    Within this context a trainer generates from the policy's own distribution, whatever the checkpoint's `generation_config` says.
+    Within this context a trainer generates from the policy's distribution, whatever the checkpoint's `generation_config` says.
     Evaluation decodes at `eval_temperature`, and ignores options that cut the distribution in training.
 
     Args:
@@ -142,9 +141,9 @@ def load_generation_config(name: str, **kwargs) -> GenerationConfig | None:
 
     Args:
         name (`str`):
-            Hub id or folder of a model, or of an adapter, whose base model is looked at.
+            Hub id or folder of a model, or of an adapter. For an adapter the base model is read.
         **kwargs:
-            As for `from_pretrained`: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`.
+            Arguments of `from_pretrained`: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`.
     """
     where = hub_arguments(kwargs)
     name = base_of_adapter(name, **where) or name
@@ -159,7 +158,7 @@ def load_generation_config(name: str, **kwargs) -> GenerationConfig | None:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
-    """The tokens that end an attempt: the tokenizer's end of sequence, and all that the model's configuration names."""
+    """The tokens that end an attempt: the tokenizer's end-of-sequence token, and all that the model's configuration names."""
     found = [tokenizer.eos_token_id]
     of_model = getattr(generation_config, "eos_token_id", None)
     found += of_model if isinstance(of_model, list | tuple) else [of_model]
@@ -170,10 +169,10 @@ def with_end_token(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, name: str = "this model"
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer, or a copy of it whose end of sequence is the model's where it has none of its own.
+    The tokenizer, or a copy of it with the model's end-of-sequence token if the tokenizer has none.
 
     Raises:
-        `ValueError`: If neither has one.
+        `ValueError`: if neither has one.
     """
     if tokenizer.eos_token_id is not None:
         return tokenizer
@@ -220,12 +219,12 @@ def trainer_tokenizer(
 
 @contextmanager
 def keep_random_state() -> Iterator[None]:
-    """The random state of the process, of Python, NumPy and PyTorch on all devices, is afterwards what it was before."""
+    """Keep the random state of the process: Python, NumPy, and PyTorch on all devices are afterwards in the state from before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device = torch.get_device_module() if torch.accelerator.is_available() else None
     every = "_all" if hasattr(device, "get_rng_state_all") else ""  # MPS has one device
     of_device = None
-    # A CUDA context is not made for this: vLLM starts its processes by fork, which must not have one.
+    # This must not create a CUDA context: vLLM starts its processes by fork, which fails with one.
     if device is not None and getattr(device, "is_initialized", lambda: True)():
         of_device = getattr(device, f"get_rng_state{every}")()
     try:

@@ -1,5 +1,5 @@
 """
-Which model, tokenizer and problems a result belongs to: fingerprints, so that results of others are not reused.
+Fingerprints of models, tokenizers and problems. A stored result is reused only if all of its fingerprints match.
 
 Files and weights are read in full. That is what loading a model does anyway, at one to two gigabytes per second, and it takes
 seconds where sampling takes minutes. Sizes and dates would miss a model that was trained further and saved where it was.
@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 """Arguments of `from_pretrained` that say which files are meant."""
 
-# What a model is made of. Other files of its folder (the model card, the trainer's state, results) change nothing.
+# The files that determine a model. Other files of its folder (the model card, the trainer's state, results) change nothing.
 MODEL_FILES = (
     *("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.py", "*.gguf"),
     *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_model.bin"),
@@ -37,13 +37,13 @@ def fingerprint(*parts) -> str:
 
 
 def of_rows(rows: Dataset) -> list[str]:
-    """One for each problem, of all its columns."""
+    """A fingerprint of each problem, with all its columns."""
     return [fingerprint(row) for row in rows]
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """
-    Of a tokenizer: `vocabulary` (which id is which token), `rules` (how text becomes tokens) and `chat_template`.
+    Fingerprints of a tokenizer: `vocabulary` (which id is which token), `rules` (how text becomes tokens) and `chat_template`.
     """
     rules = None
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
@@ -59,13 +59,14 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def of_checkpoint(name: str, **kwargs) -> str:
     """
-    Of a folder, the content of the model's files; on the Hub, the commit. Of an adapter, its own and its base model's.
+    Fingerprint of a checkpoint: the content of the model's files in a folder, or the commit on the Hub. For an adapter it also has
+    the fingerprint of the base model.
 
     Args:
         name (`str`):
             Folder or Hub id.
         **kwargs:
-            Arguments of `from_pretrained`, of which `revision`, `subfolder`, .. count.
+            Arguments of `from_pretrained`. Those that say which files are meant (`revision`, `subfolder`, ..) count.
 
     Raises:
         `OSError`: If there is no such model.
@@ -85,12 +86,12 @@ def of_checkpoint(name: str, **kwargs) -> str:
 
 
 def hub_arguments(kwargs: dict) -> dict:
-    """Those of the arguments of `from_pretrained` that say which files are meant."""
+    """The arguments of `from_pretrained` that say which files are meant."""
     return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
 
 
 def base_of_adapter(name: str, **where) -> str | None:
-    """The base model of an adapter; `None` if it is a whole model."""
+    """Name of the base model of an adapter; `None` for a whole model."""
     folder = Path(name, where.get("subfolder", ""))
     if folder.is_dir():
         file = folder / "adapter_config.json"
@@ -116,7 +117,7 @@ def _digest(file: Path, size: int, modified: int) -> str:
 
 
 def of_model(model: PreTrainedModel | PeftModel) -> str:
-    """Of a model in memory: its configuration, its weights, and which adapters are on."""
+    """Fingerprint of a model in memory: its configuration, its weights, and which adapters are on."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_THE_FUNCTION}
     digest = hashlib.sha256(fingerprint(config).encode())
     for name, value in sorted(model.state_dict().items()):

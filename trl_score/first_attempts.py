@@ -12,20 +12,21 @@ Sampled = tuple[list[list[int]], list[list[float]] | None]
 
 
 def is_stored(index: int, args: SCoReConfig) -> bool:
-    """Whether the rollout at a position of the whole batch, over all processes, has a stored first attempt."""
+    """Whether the rollout at an index of the batch of all processes has a stored first attempt."""
     return index % args.num_generations >= args.num_generations - args.num_offline
 
 
 def most_sampled(rows: int, num_processes: int, args: SCoReConfig) -> int:
     """
-    First attempts that the process which needs most of them samples, with `rows` rows on each process. Generation can be
-    collective, so all processes sample as many.
+    Number of first attempts that each process samples, with `rows` rows on each: as many as the process that needs most. Generation
+    can be collective, so all processes have to take part in it.
     """
     starts = range(0, num_processes * rows, rows)
     return max(sum(not is_stored(start + i, args) for i in range(rows)) for start in starts)
 
 
 def attempt_tokens(attempt: str | list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a stored attempt, which is a text or token ids."""
     is_text = isinstance(attempt, str)
     return tokenizer(text=attempt, add_special_tokens=False)["input_ids"] if is_text else list(attempt)
 
@@ -34,8 +35,23 @@ def stored_attempts(
     rows: list[dict], start: int, args: SCoReConfig, step: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int] | None]:
     """
-    For each row its stored first attempt, or `None` where the policy samples it. The rollouts of a problem get different
-    ones while there are enough; the same draw on all processes, and after a resume.
+    Draw the stored first attempts of a batch. The rollouts of a problem get different ones as long as there are enough. The draw is
+    the same on all processes and after a resume.
+
+    Args:
+        rows (`list[dict]`):
+            The `B` rows of this process.
+        start (`int`):
+            Index of the first row in the batch of all processes.
+        args ([`SCoReConfig`]):
+            Settings.
+        step (`int`):
+            Optimizer step, part of the seed of the draw.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+
+    Returns:
+        `list[list[int] | None]`: for each row the token ids of its stored first attempt, or `None` if the policy samples it.
     """
     stored = []
     for index, row in enumerate(rows, start=start):
@@ -66,7 +82,8 @@ def sample_or_take(
         sample (`Callable[[list[list[int]], int], Sampled]`):
             From contexts and the number of attempts at each to token ids, and their log-probabilities or `None`.
         num_sampled (`int`):
-            [`most_sampled`]: at least the number of rows without a stored attempt. The rest is sampled and thrown away.
+            Attempts to sample, at least one for each row without a stored attempt ([`most_sampled`]). Attempts beyond that are
+            dropped.
 
     Returns:
         `tuple[list[list[int]], list[list[float]] | None]`: token ids of `B` attempts and their log-probabilities, 0.0 for

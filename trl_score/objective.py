@@ -39,7 +39,7 @@ def resolve_stage1_steps(stage1_steps: float, max_steps: int) -> int:
 @dataclass(frozen=True)
 class Stage:
     r"""
-    What an optimizer step optimizes: which attempts are rewarded, and which are held to the reference model.
+    The objective of an optimizer step: which attempts are rewarded, and which are held to the reference model.
 
     | | credited | held |
     |---|---|---|
@@ -71,7 +71,7 @@ class Stage:
 
 
 def stage_one(target: int) -> Stage:
-    """Stage I that trains attempt `target`, 2 or higher, and holds the ones before it (Eq. 3, Appendix A.1)."""
+    """Stage I that trains attempt `target`, 2 or higher, and holds all earlier attempts (Eq. 3, Appendix A.1)."""
     return Stage(1, (target,), tuple(range(1, target)))
 
 
@@ -109,20 +109,20 @@ def two_stages(step: int, max_steps: int, *, stage1_steps: float, num_attempts: 
 
 def shaped_rewards(rewards: Tensor, stage: Stage, *, alpha: float, gamma: float = 0.0) -> Tensor:
     r"""
-    Reward credited to the tokens of each attempt: its own reward if the stage credits the attempt, and the bonus
-    $\alpha (\hat r(y_k) - \hat r(y_{k-1}))$ if the stage credits the attempt before it too (Section 5.2). So Stage I credits
-    the attempt that it trains (Eq. 3), and Stage II credits all attempts, each but the first with the bonus (Eq. 4).
+    Reward credited to the tokens of each attempt. An attempt that the stage credits gets its reward. If the stage credits the
+    previous attempt too, it also gets the bonus $\alpha (\hat r(y_k) - \hat r(y_{k-1}))$ (Section 5.2). So Stage I credits the
+    attempt that it trains (Eq. 3), and Stage II credits all attempts, each but the first with the bonus (Eq. 4).
 
     Args:
         rewards (`torch.Tensor` of shape `(B, K)` or `(B, K, F)`):
             Reward of each attempt, by each of `F` reward functions; NaN where a function could not score the attempt.
         stage ([`Stage`]):
-            Which attempts are credited. Those beyond `K` are ignored: an evaluation can have fewer attempts.
+            The stage says which attempts are credited. Attempts beyond `K` are ignored: an evaluation can have fewer attempts.
         alpha (`float`):
             Bonus weight, no unit. The paper uses 10.
         gamma (`float`, *optional*, defaults to `0.0`):
-            Discount between attempts, in [0, 1]. Above 0 an attempt is also credited with what comes after it. The paper
-            uses 0: instantaneous rewards keep training from collapsing to no correction (Appendix A.4).
+            Discount between attempts, in [0, 1]. Above 0 an attempt is also credited with the credits of later attempts. The
+            paper uses 0: instantaneous rewards keep training from collapsing to no correction (Appendix A.4).
 
     Returns:
         `torch.Tensor` of the shape of `rewards`: NaN where the function did not score the attempt, or another attempt that
@@ -153,7 +153,7 @@ def kl_weights(stage: Stage, *, beta: float, stage1_beta: float, num_attempts: i
 
     Args:
         stage ([`Stage`]):
-            Which attempts are held.
+            The stage says which attempts are held.
         beta (`float`):
             $\beta_1$, reward per nat. The paper uses 0.01.
         stage1_beta (`float`):
@@ -223,19 +223,18 @@ def targets(
     stored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""
-    What the loss reads of a batch of rollouts: the advantage $A$ of each attempt and the weight $w$ of its KL penalty. This
-    is the one composition of [`shaped_rewards`], [`leave_one_out_advantages`] and [`kl_weights`]: the trainer and the proof
-    by enumeration call it alike.
+    The advantage $A$ of each attempt and the weight $w$ of its KL penalty, which the loss reads. The trainer and the proof by
+    enumeration both call this composition of [`shaped_rewards`], [`leave_one_out_advantages`] and [`kl_weights`].
 
-    Several reward functions are shaped and compared one by one, and their advantages are added. So a function that abstains
-    on an attempt never makes the bonus or the baseline compare sums of different functions.
+    Each reward function is shaped and compared on its own, and the advantages are added. So a function that abstains on an attempt
+    never makes the bonus or the baseline compare sums of different functions.
 
     Args:
         rewards (`torch.Tensor` of shape `(B, K)` or `(B, K, F)`):
             Reward of each attempt, the rollouts of a problem in consecutive rows; with `F` reward functions, the weighted
             reward of each. NaN where a function could not score the attempt.
         stage ([`Stage`]):
-            What the rollouts are made for.
+            The stage that the rollouts are made for.
         num_generations (`int`):
             Rollouts per problem.
         alpha, gamma (`float`):
@@ -246,7 +245,7 @@ def targets(
             Log-ratio of each attempt to the reference model, nats. If given, the KL penalty is part of the credit (Eq. 2 to
             the letter, as in RLOO) and not of the loss.
         stored (`torch.Tensor` of shape `(B,)`, *optional*):
-            Whether the first attempt is a stored one (Section 5.3), which is neither trained nor in the baseline of others.
+            Whether the first attempt is a stored one (Section 5.3). It is not trained, and not in the baseline of others.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: $A$ of shape `(B, K)` and $w$ of shape `(K,)`.
@@ -277,9 +276,9 @@ def balanced_stage1_beta(
     stage1_beta: float, *, kl: float, advantage: float, start: float, rate: float = 0.1, bound: float = 10.0
 ) -> float:
     r"""
-    $\beta_2$ for the next batch of Stage I, so that the two terms of Eq. 3 stay of one size: $\beta_2$ times the KL of the
-    held attempts, and the mean size of the trained attempt's advantage. It moves towards their ratio, by a bounded factor
-    a batch and within bounds. The paper has such an adaptive $\beta_2$ (Section 5.3) but gives no formula; this one is ours.
+    $\beta_2$ for the next batch of Stage I. It keeps the two terms of Eq. 3 equally large: $\beta_2$ times the KL of the held
+    attempts, and the mean absolute advantage of the trained attempt. In each batch it moves towards their ratio by a bounded
+    factor, within bounds. The paper has an adaptive $\beta_2$ (Section 5.3) but gives no formula; this one is ours.
 
     Args:
         stage1_beta (`float`):
@@ -291,12 +290,12 @@ def balanced_stage1_beta(
         start (`float`):
             $\beta_2$ of the first batch.
         rate (`float`, *optional*, defaults to `0.1`):
-            $\beta_2$ grows at most by this share of itself in a batch, and shrinks by no more than undoes that.
+            $\beta_2$ is multiplied by at most `1 + rate` in a batch, and divided by at most that.
         bound (`float`, *optional*, defaults to `10.0`):
-            It stays between `start / bound` and `start * bound`.
+            $\beta_2$ stays between `start / bound` and `start * bound`.
 
     Returns:
-        `float`: `stage1_beta` itself where `kl` or `advantage` is 0, as then there is nothing to balance.
+        `float`: $\beta_2$; `stage1_beta` unchanged if `kl` or `advantage` is 0, as there is nothing to balance.
 
     Example:
     ```python
@@ -314,7 +313,7 @@ def balanced_stage1_beta(
 
 def spread_to_tokens(values: Tensor, attempt_ids: Tensor) -> Tensor:
     """
-    Give every token its attempt's value.
+    Give every token the value of its attempt.
 
     Args:
         values (`torch.Tensor` of shape `(B, K)` or `(K,)`):
@@ -341,7 +340,7 @@ def sum_per_attempt(token_values: Tensor, attempt_ids: Tensor, num_attempts: int
 
     Args:
         token_values (`torch.Tensor` of shape `(B, T)`):
-            One value per token; what stands at instruction and padding does not matter.
+            One value per token. Values at instruction and padding are ignored.
         attempt_ids (`torch.Tensor` of shape `(B, T)`):
             Attempt of each token, 0 at instruction and padding.
         num_attempts (`int`):

@@ -1,8 +1,8 @@
 """
-Only tokens that count are computed. TRL pads a batch to its longest prompt and its longest completion and never trims: of rollouts
-of very different lengths, more than half of the computed tokens can be padding. Here rows of similar length are computed together,
-each micro-batch is trimmed to its own width, and the language-model head scores the tokens of attempts alone. Loss and gradients are
-those of the padded batch, up to rounding.
+Leaves out tokens that do not count. TRL pads a batch to its longest prompt and its longest completion and never trims it. If lengths
+differ much, more than half of the computed tokens are padding. Here rows of similar length are computed together, each micro-batch is
+trimmed, and the language-model head scores the tokens of attempts alone. Loss and gradients equal those of the padded batch, up to
+rounding.
 """
 
 import math
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 class ScoredTokens:
     """
-    A model that scores some of the tokens after the prompt: called with `labels` like a model with TRL's fused head, it returns
-    log-probabilities (and entropies) at all positions, 0 where a token is not scored. On GPUs TRL's head computes labelled
-    positions only, elsewhere all positions; here, labelled positions only, everywhere.
+    A model that scores some of the tokens after the prompt. It is called with `labels`, like a model with TRL's fused head, and
+    returns log-probabilities (and entropies) at all positions, 0 where a token is not scored. TRL's head computes labelled
+    positions only on GPUs, and all positions elsewhere. This one computes labelled positions only, on every device.
 
     Args:
         model (`Callable`):
-            The model, or what wraps it (DDP, FSDP, DeepSpeed).
+            The model, or its wrapper (DDP, FSDP, DeepSpeed).
         unwrapped (`torch.nn.Module`):
-            The causal language model inside, or the adapter's model.
+            The causal language model inside of it, or the adapter's model.
         scored (`torch.Tensor` of shape `(B, T)`):
             Whether a token after the prompt is scored.
     """
@@ -55,7 +55,19 @@ class ScoredTokens:
 
 
 def width(attention_mask: Tensor, logits_to_keep: int) -> tuple[int, int]:
-    """The columns of a batch, prompts padded on the left and completions on the right, from which and up to which rows have tokens."""
+    """
+    The part of a batch that has tokens.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, P + T)`):
+            Prompts padded on the left, completions padded on the right.
+        logits_to_keep (`int`):
+            Columns of the completions, `T`.
+
+    Returns:
+        `tuple[int, int]`: the first column to keep, and the one after the last. They include a column of the prompts and one of
+        the completions.
+    """
     used = attention_mask.any(0).nonzero().flatten()
     first_completion = attention_mask.size(1) - logits_to_keep
     return min(int(used[0]), first_completion - 1), max(int(used[-1]), first_completion) + 1
@@ -69,7 +81,8 @@ def compute_by_length(
     batch_size: int | None = None,
 ) -> tuple:
     """
-    Compute values of the tokens after the prompts, for rows of similar length together, each micro-batch trimmed to its own width.
+    Compute values of the tokens after the prompts. Rows of similar length are computed together, in micro-batches without padded
+    columns.
 
     Args:
         compute (`Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple]`):
@@ -105,8 +118,7 @@ def compute_by_length(
 
 def by_length(batches: list[dict[str, Tensor]], steps: int) -> list[dict[str, Tensor]]:
     """
-    The rows of the micro-batches of each optimizer step, sorted by length. Which rows belong to a step stays as it was, so the
-    gradient of a step is the same sum.
+    Sort the rows of each optimizer step by length. No row changes its step, so the gradient of a step is the same sum.
 
     Args:
         batches (`list[dict[str, torch.Tensor]]`):

@@ -209,7 +209,7 @@ def start_kl(policy: Tensor, reference: Tensor, scored: Tensor) -> Tensor:
         policy, reference (`torch.Tensor` of shape `(B, T)`):
             Log-probabilities of the tokens.
         scored (`torch.Tensor` of shape `(B, T)`):
-            Which tokens count.
+            Whether a token counts.
 
     Returns:
         `torch.Tensor` of shape `(2,)`: the sum of the KL, nats, and the number of tokens.

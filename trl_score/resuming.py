@@ -1,9 +1,10 @@
 """
-What a checkpoint of `SCoReTrainer` holds besides the Trainer's own files, so that a resumed run is the uninterrupted run:
+Saving and resuming a run, so that a resumed run equals the uninterrupted run. A checkpoint of `SCoReTrainer` has these files besides
+the Trainer's:
 
 - `score_state.json`: the `max_steps` and `stage1_steps` that the stages were planned with, the current `stage1_beta`, the number
-  of generated tokens, the settings of the rollouts in progress and how far the updates on them have come.
-- `rollouts_<process>.pt`: the rollouts in progress, if updates on them are still to come.
+  of generated tokens, the settings of the rollouts in use and how many updates on them are done.
+- `rollouts_<process>.pt`: the rollouts in use, if there are more updates on them to do.
 
 The Trainer writes `trainer_state.json` last, when the files of all processes are there. So a folder with a readable
 `trainer_state.json` is a whole checkpoint.
@@ -31,7 +32,7 @@ from .objective import resolve_stage1_steps
 logger = get_logger(__name__)
 
 STATE_FILE = "score_state.json"
-# Rollouts that were made with other values than the loss now expects have other shapes, tensors or weights.
+# With another value of one of these, stored rollouts have other shapes, tensors or weights than the loss expects.
 ROLLOUT_SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -51,7 +52,7 @@ class ResumableTrainer(GRPOTrainer):
     """The hooks of [`~trl_score.SCoReTrainer`] that start, save and resume a run."""
 
     def _new_run(self, max_steps: int):
-        """The run's own state, at its start."""
+        """The state of a run at its start. Checkpoints save it."""
         self._planned_steps = max_steps  # `max_steps` when the run began
         self._stage1_beta = self.args.stage1_beta  # of the next batch
         self._num_generated_tokens = 0  # of all processes, in training
@@ -126,7 +127,7 @@ def whole_checkpoint(checkpoint: "str | os.PathLike | bool", output_dir: "str | 
 
 
 def checkpoints(output_dir: "str | os.PathLike") -> list[Path]:
-    """The checkpoints of a run's folder, the last one first, also those that were not fully written."""
+    """All checkpoints in a run's folder, the last one first, whether or not they were fully written."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     steps = [path.name.removeprefix(prefix) for path in Path(output_dir).glob(f"{prefix}*")]
     steps = sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
@@ -134,7 +135,7 @@ def checkpoints(output_dir: "str | os.PathLike") -> list[Path]:
 
 
 def is_whole(folder: "str | os.PathLike") -> bool:
-    """Whether a checkpoint was fully written: `trainer_state.json`, the last file of it, can be read."""
+    """Whether a checkpoint was fully written: its last file, `trainer_state.json`, is readable."""
     try:
         json.loads(Path(folder, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,21 +144,21 @@ def is_whole(folder: "str | os.PathLike") -> bool:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a temporary file, and move it to `path` when it is whole."""
+    """Let `write` write a temporary file, then move it to `path`, so that no reader sees a part of it."""
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
 
 
 def save_run(trainer, folder: Path) -> None:
-    """Write what [`start_run`] reads, before the Trainer writes its own files into the same folder."""
+    """Write the state that [`start_run`] reads, before the Trainer writes its files into the same folder."""
     if trainer.args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
         # An earlier run's file must not say that the folder is whole while this run writes into it.
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
     position = trainer._step % _batches_per_rollouts(trainer)
-    if position:  # the updates still to come need the rollouts they belong to
+    if position:  # there are more updates on these rollouts
         folder.mkdir(parents=True, exist_ok=True)  # on each node
         write_atomically(_rollouts_file(trainer, folder), lambda path: torch.save(trainer._buffered_inputs, path))
     if trainer.args.should_save:
@@ -175,17 +176,17 @@ def save_run(trainer, folder: Path) -> None:
 
 def start_run(trainer, max_steps: int, checkpoint: str | None, epoch: int, batches: int) -> tuple[int, int]:
     """
-    Reset what an earlier `train()` left behind, and restore what [`save_run`] saved if the run is resumed.
+    Reset the state of an earlier `train()`, and restore the state that [`save_run`] wrote if the run is resumed.
 
     Args:
         trainer ([`~trl_score.SCoReTrainer`]):
-            The Trainer has restored its own state already.
+            The trainer, in which the Trainer has restored its part of the state.
         max_steps (`int`):
             Optimizer steps of the whole run.
         checkpoint (`str`, *optional*):
             Folder to resume from.
         epoch, batches (`int`):
-            Where the Trainer would start: the epoch, and the number of its micro-batches to skip.
+            The epoch in which the Trainer would start, and the number of its micro-batches to skip.
 
     Returns:
         `tuple[int, int]`: the epoch to start in, and the number of its micro-batches to skip.
@@ -213,7 +214,7 @@ def start_run(trainer, max_steps: int, checkpoint: str | None, epoch: int, batch
 
 
 def _read_state(folder: Path) -> dict:
-    """`score_state.json`, as the main process reads it, on every process."""
+    """Read `score_state.json` in the main process and send it to all processes."""
     state = {}
     if PartialState().is_main_process:
         try:
@@ -244,8 +245,8 @@ def _resume_schedule(trainer, state: dict, max_steps: int) -> None:
 
 def _read_rollouts(trainer, folder: Path, state: dict) -> list[dict] | None:
     """
-    The rollouts in progress of this process. `None` on all processes if there are none, if a setting has changed, or if one
-    of the processes cannot read its own.
+    The rollouts in use on this process. `None` on all processes if there are none, if a setting has changed, or if a process cannot
+    read its file.
     """
     if not state.get("position"):
         return None
@@ -290,14 +291,14 @@ def _rollout_settings(trainer) -> dict:
 
 
 def _problems_per_batch(trainer) -> float:
-    """Problems that a stream moves on by, on average over the micro-batches of one generation of rollouts."""
+    """Problems that a micro-batch takes from a stream, on average over a generation of rollouts."""
     return trainer.args.generation_batch_size / trainer.num_generations / _batches_per_rollouts(trainer)
 
 
 def _place_in_stream(trainer) -> dict:
     """
-    How far an `IterableDataset` has been read. The Trainer does not know how long its epochs are: in `state.epoch` it counts an
-    epoch's micro-batches as shares of the whole run's.
+    The place to which an `IterableDataset` has been read. The Trainer does not know the length of its epochs: `state.epoch` counts the
+    micro-batches of an epoch as shares of those of the whole run.
     """
     state = trainer.state
     epoch = max(math.ceil(state.epoch) - 1, 0)

@@ -7,7 +7,7 @@ from trl.trainer.utils import is_async_callable
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """Names of reward functions, under which they are logged: those that come again get `_2`, `_3`, .. behind them."""
+    """Names under which reward functions are logged: repeated names get the suffixes `_2`, `_3`, .."""
     unique = []
     for name in names:
         candidate, number = name, 1
@@ -20,8 +20,8 @@ def unique_names(names: list[str]) -> list[str]:
 
 def graded(func: Callable, name: str, attempt: int) -> Callable:
     """
-    A reward function for one attempt: it gets the keyword `attempt`, and an error in it names the function, the attempt and
-    the row. The row is read from the traceback, and confirmed by one more call with this row alone: no other row is graded
+    Wrap a reward function for one attempt: it gets the keyword `attempt`, and an error in it names the function, the attempt and
+    the row. The row is read from the traceback, and confirmed by one more call with this row alone. No other row is graded
     again, as a grader can be slow or paid.
 
     Args:
@@ -37,23 +37,6 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
         return one reward per completion.
     """
 
-    def checked(rewards, completions):
-        if hasattr(rewards, "__len__") and len(rewards) == len(completions):
-            return rewards
-        got = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"`{type(rewards).__name__}`"
-        raise ValueError(
-            f"The reward function '{name}' returned {got} for {len(completions)} completions of attempt {attempt}. It must "
-            "return a list with one reward per completion, `None` where a completion cannot be scored."
-        )
-
-    def failure(error, row, kwargs):
-        where = f"in row {row}: {kwargs['prompts'][row]}" if row is not None else "in a row that could not be found"
-        return RuntimeError(
-            f"The reward function '{name}' raised {type(error).__name__} on attempt {attempt}, {where}. A wrong answer is a "
-            "reward of 0 and an answer that cannot be scored is `None`; an exception stops the run. The last checkpoint is "
-            "intact."
-        )
-
     if is_async_callable(func):
 
         async def call(**kwargs):
@@ -68,8 +51,8 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
                         row = None
                     except Exception:
                         pass
-                raise failure(error, row, kwargs) from error
-            return checked(rewards, kwargs["completions"])
+                raise _failure(error, name, row, kwargs) from error
+            return _checked(rewards, name, kwargs)
 
     else:
 
@@ -85,30 +68,53 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
                         row = None
                     except Exception:
                         pass
-                raise failure(error, row, kwargs) from error
-            return checked(rewards, kwargs["completions"])
+                raise _failure(error, name, row, kwargs) from error
+            return _checked(rewards, name, kwargs)
 
     return call
 
 
+def _checked(rewards, name: str, kwargs: dict):
+    """The rewards of a reward function, if there is one for each completion."""
+    number = len(kwargs["completions"])
+    if hasattr(rewards, "__len__") and len(rewards) == number:
+        return rewards
+    got = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"`{type(rewards).__name__}`"
+    raise ValueError(
+        f"The reward function '{name}' returned {got} for {number} completions of attempt {kwargs['attempt']}. It must "
+        "return a list with one reward per completion, `None` where a completion cannot be scored."
+    )
+
+
+def _failure(error: Exception, name: str, row: int | None, kwargs: dict) -> RuntimeError:
+    """The error to raise in place of one that a reward function raised in a row."""
+    where = f"in row {row}: {kwargs['prompts'][row]}" if row is not None else "in a row that could not be found"
+    return RuntimeError(
+        f"The reward function '{name}' raised {type(error).__name__} on attempt {kwargs['attempt']}, {where}. An exception stops "
+        "the run; the last checkpoint is intact. Return 0 for a wrong answer, and `None` for an answer that cannot be scored."
+    )
+
+
 def failing_row(traceback: TracebackType | None, kwargs: dict) -> int | None:
     """
-    The row that a reward function worked on when it raised: the innermost frame of the traceback that holds an object of one
-    row and of no other, such as its completion, the text of it, or the row's entry in a column, or that holds the index of the
-    row.
+    The row that a reward function worked on when it raised. It is found in the innermost frame of the traceback that holds the
+    index of a row, or an object of one row and of no other: its completion, the text of it, or its entry in a column.
 
     Args:
         traceback (`TracebackType`, *optional*):
-            Of the error.
+            The traceback of the error.
         kwargs (`dict`):
-            What the reward function was called with.
+            The arguments of the reward function.
+
+    Returns:
+        `int` or `None`: the row, if one was found.
     """
     row_of = {}
     for key, values in kwargs.items():
         if _is_column(values, kwargs):
             for row, value in enumerate(values):
                 for each in _parts(value) if key != "completion_ids" else [value]:
-                    # An object that several rows share, such as the prompt of a problem's rollouts, tells nothing.
+                    # An object that several rows share, such as the prompt of a problem's rollouts, does not name a row.
                     row_of[id(each)] = row if row_of.get(id(each), row) == row else None
     columns = {id(values) for values in kwargs.values() if _is_column(values, kwargs)}
     found = None
@@ -124,7 +130,7 @@ def failing_row(traceback: TracebackType | None, kwargs: dict) -> int | None:
 
 
 def _parts(value) -> Iterator:
-    """An entry of a column and what is in it, without the objects that Python shares between equal values."""
+    """An entry of a column and the objects in it, except for objects that Python shares between equal values."""
     if isinstance(value, list | tuple | dict):
         yield value
         for each in value.values() if isinstance(value, dict) else value:

@@ -31,11 +31,11 @@ def rollout_values(
         rewards (`torch.Tensor` of shape `(B of all processes, K, F)`):
             Weighted reward of each attempt by each reward function, NaN where the function abstained.
         counted (`torch.Tensor` of shape `(B of all processes,)`):
-            Which rollouts are counted.
+            Whether a rollout is counted.
         eos_token_ids (`set[int]`):
             The tokens that end an attempt.
         gather (`Callable[[torch.Tensor], torch.Tensor]`):
-            From the rows of this process to those of all processes.
+            Function from a tensor of the rows of this process to one of the rows of all processes.
 
     Returns:
         `dict[str, torch.Tensor]`: for each metric the values of the counted rollouts, of shape `(n,)`. Rollouts in which an attempt

@@ -107,8 +107,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to be trained, as in [`~trl.GRPOTrainer`]. The reference model is always the base model: the given one in
-            full fine-tuning, the one under the adapter with PEFT, also when the given model already carries a trained
+            Model to be trained, as in [`~trl.GRPOTrainer`]. The reference model is always the base model: the given model in
+            full fine-tuning, or the model under the adapter with PEFT. This also holds if the given model carries a trained
             adapter.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Reward functions, as in [`~trl.GRPOTrainer`]. Each is called once per attempt: `completions` and
@@ -120,14 +120,15 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             Training data with a column `prompt` (chat messages or text). A column `correction_instruction` overrides the
             configured one row by row; all other columns reach the reward functions.
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config, peft_config:
-            As in [`~trl.GRPOTrainer`].
+            The same as in [`~trl.GRPOTrainer`].
         schedule (`Callable[[int, int], Stage]`, *optional*):
-            What each optimizer step optimizes: from the steps done so far and `max_steps` to a
-            [`~trl_score.objective.Stage`]. By default the paper's, [`~trl_score.objective.two_stages`] with `stage1_steps`.
+            Function from the optimizer steps done so far and `max_steps` to the [`~trl_score.objective.Stage`] of the next step.
+            By default it is the paper's schedule, [`~trl_score.objective.two_stages`] with `stage1_steps`.
 
     Raises:
-        `ValueError`: for a dataset without `prompt`, chat messages without a chat template, a context too short for the
-            prompt and all attempts, or an option of [`~trl.GRPOTrainer`] that SCoRe does not support.
+        `ValueError`: for data, a model or settings that cannot work, such as a dataset without `prompt`, a context too short for
+            the prompt and all attempts, or an option of [`~trl.GRPOTrainer`] that SCoRe does not support.
+        `TypeError`: if `args` is not a [`SCoReConfig`], or the schedule returns no stage.
     """
 
     _tag_names = ["trl", "score", "trl-score"]
@@ -147,9 +148,9 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     }
 
     task: str | None = None
-    """Name of the task it trains on, for the model card; set it if there is one."""
+    """Name of the task of the training data, for the model card. Set it if there is one."""
     eval_task: str | None = None
-    """Name of the task of the evaluation data, for the model card."""
+    """Name of the task of the evaluation data, for the model card. Set it if there is one."""
 
     def __init__(
         self,
@@ -216,14 +217,19 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
 
     def _set_reference(self, given: "str | PreTrainedModel | PeftModel"):
         """Make the base model the reference of the KL penalties, and check that training leaves it as it is."""
-        named, is_sharded = self.args.reference_model_name_or_path, self._dist.is_zero3 or self._dist.is_fsdp
-        check_shards(named, is_sharded)
+        named = self.args.reference_model_name_or_path
+        check_shards(named, self._is_sharded)
         reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
-        set_reference(self.model, reference, self.args, is_copied=not (isinstance(given, str) or is_sharded))
-        if is_peft_model(self.model) and self.beta != 0.0 and not is_sharded:
+        set_reference(self.model, reference, self.args, is_copied=not (isinstance(given, str) or self._is_sharded))
+        if is_peft_model(self.model) and self.beta != 0.0 and not self._is_sharded:
             check_reference_is_fixed(self.model)
         is_base = not isinstance(given, PeftModel) and named in (None, get_config_model_id(self.model.config))
         self._starts_at_reference = self.beta != 0.0 and is_base  # until the first batch is checked
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether no process has the whole weights."""
+        return self._dist.is_zero3 or self._dist.is_fsdp
 
     def _set_rollout(self):
         """Let TRL sample rollouts of several attempts, and check that these fit the context."""
@@ -231,10 +237,10 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self.reward_func_names = unique_names(self.reward_func_names)
         self._batch: Batch | None = None  # the one that is being made
         self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs, self.eos_token_ids)
-        self.rollout_func = self._roll_out  # TRL's own hook: `_generate` does the bookkeeping on what it returns
+        self.rollout_func = self._roll_out  # TRL's hook for rollouts, which `_generate` calls
         # TRL looks at a row's last token and drops whole rows. Here truncation is per attempt, see `_roll_out`.
         self.mask_truncated_completions = False
-        # Training and evaluation can have different columns, so each has a completions table of its own.
+        # Training and evaluation can have different columns, so each has its table of completions.
         self._tables = {"train": self._logs, "eval": deepcopy(self._logs)}
         limit = context_limit(self.model.config, args)
         self._context = ContextCheck(limit, self.max_completion_length, self._bridge)
@@ -303,7 +309,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             [row.get("correction_instruction") or self.args.correction_instruction for row in inputs]
         )
         first_row = self.accelerator.process_index * len(inputs)
-        own = slice(first_row, first_row + len(inputs))  # the rows of this process, of those of all
+        own = slice(first_row, first_row + len(inputs))  # the rows of this process in tensors of all processes
         if batch.mode == "train" and self.args.num_offline:
             batch.stored = stored_attempts(inputs, first_row, self.args, self.state.global_step, self._tokenizer)
         self._logs = self._tables[batch.mode]
@@ -311,7 +317,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
-            del self._calculate_rewards  # the class's own is back
+            del self._calculate_rewards  # uncovers the method
         attempt_ids = _padded(batch.trained, output["completion_ids"].size(1)).to(self.accelerator.device)  # (B, T)
         output["attempt_ids"] = attempt_ids
         rewards = batch.reward_by_function(self.reward_weights)  # (B of all processes, K, F)
@@ -334,7 +340,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         prompt_ids, completion_ids, tool_mask, completions, *rest = super()._generate(prompts)
         batch = self._batch
         self._metrics[batch.mode]["time/rollout"].append(time.perf_counter() - start)
-        if is_conversational({"prompt": prompts[0]}):  # for the completions table: one message per turn
+        if is_conversational({"prompt": prompts[0]}):  # the completions table shows one message per turn
             completions = []
             for instruction, first, *others in zip(batch.instructions, *batch.completions, strict=True):
                 user = {"role": "user", "content": instruction}
@@ -379,14 +385,13 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     def _generate_all(self, prompts: list, prompt_ids: list[list[int]]) -> Rollouts:
         batch = self._batch
         rendered = cache(partial(self._bridge.rendered, prompts, batch.instructions))
-        is_sharded = self._dist.is_zero3 or self._dist.is_fsdp
         attempts = AllAttempts(
             prompt_ids,
             lambda attempt, row, ids: self._bridge.join(ids, *rendered(attempt)[row]),
             self.eos_token_ids,
             batch.num_attempts,
             batch.stored,
-            synced=is_sharded and self.accelerator.num_processes > 1,
+            synced=self._is_sharded and self.accelerator.num_processes > 1,
         )
         with attempts.instead_of_generate(self.accelerator.unwrap_model(self.model)):
             self._generate_single_turn(attempts.contexts, None, {}, num_generations=1)
@@ -413,7 +418,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         return roll_out(prompt_ids, generate, bridge, batch.num_attempts)
 
     def _prompt_ids(self, prompts: list) -> list[list[int]]:
-        """Token ids of each prompt; those of a problem's rollouts, which are consecutive, are made once."""
+        """Token ids of each prompt. The rollouts of a problem are consecutive, and their prompt is tokenized once."""
         groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
         prompt_ids, _, _ = self._tokenize_prompts([prompt for prompt, _ in groups])
         return [list(ids) for ids, (_, number) in zip(prompt_ids, groups, strict=True) for _ in range(number)]
@@ -424,7 +429,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
 
     @property
     def _rollouts(self) -> Rollouts | None:
-        """The rollouts of the last batch, by the name under which published scripts read them."""
+        """The rollouts of the last batch. Published scripts read them by this name."""
         return None if self._batch is None else self._batch.rollouts
 
     # Log-probabilities
@@ -432,7 +437,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
-        """TRL's, of the tokens that count: rows of similar length together, without padding, attempts' tokens only."""
+        """TRL's, for the tokens of attempts only, and without padding (`padding.py`)."""
         start = time.perf_counter()
         if isinstance(model, ScoredTokens):
             model, scored = model.model, model.scored
@@ -450,8 +455,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
 
     def _policy_logps(self, output: dict[str, Tensor]) -> Tensor:
         """
-        Log-probabilities of the rollouts' tokens under the policy that sampled them, (B, T): TRL's, or computed here where it
-        did without.
+        Log-probabilities of the rollouts' tokens under the policy that sampled them, (B, T). They are computed here if TRL did
+        not need them.
         """
         return output["old_per_token_logps"] if "old_per_token_logps" in output else self._logps(output, self.model)
 
@@ -480,7 +485,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     # Rewards
 
     def _rewards_of_all_attempts(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
-        """What TRL calls as `_calculate_rewards`: that method for each attempt, so that an override of it counts."""
+        """Stands in for `_calculate_rewards` when TRL calls it, and calls the method for each attempt, also an overridden one."""
         start = time.perf_counter()
         batch, reward_funcs = self._batch, self.reward_funcs
         try:
@@ -507,7 +512,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     # Advantages and KL weights
 
     def _targets(self, output: dict[str, Tensor], rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """[`~trl_score.objective.targets`] of the batch of all processes, and the next batch's adaptive beta2."""
+        """[`~trl_score.objective.targets`] of the batch of all processes. Also adapts beta2 for the next batch."""
         batch, args = self._batch, self.args
         in_reward = args.kl_level == "sequence" and self.beta != 0.0
         adapts = args.adaptive_stage1_beta and batch.mode == "train" and batch.stage.held
@@ -532,7 +537,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             log_ratio=log_ratio if in_reward else None,
             stored=stored,
         )
-        if adapts:  # only for the batches to come, so that no batch is weighted by what it was sampled to be
+        if adapts:  # for later batches only: a batch must not be weighted by its own rewards
             self._adapt_stage1_beta(advantages, kl)
         return advantages, weights
 
@@ -572,7 +577,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         for name, each in values.items():
             metrics[name].extend(each.tolist())
         attempts = range(1, batch.num_attempts + 1)
-        if batch.mode == "eval":  # TRL's means have the rows in them that are not counted
+        if batch.mode == "eval":  # TRL's means include the rows that are not counted
             last = batch.rewards[-1][counted]
             stock = {f"rewards/{name}/mean": last[:, i] for i, name in enumerate(self.reward_func_names)}
             stock["reward"] = values[f"reward_t{batch.num_attempts}"]
@@ -620,7 +625,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self.model.eval()
         try:
             self._batch = self._new_batch(instructions or [self.args.correction_instruction] * len(prompts))
-            self._batch.num_generations = 1  # each row is a problem of its own
+            self._batch.num_generations = 1  # no two rows share a problem
             self._roll_out(prompts, self)
         finally:
             self.model.train(training)
@@ -660,9 +665,9 @@ def _padded(rows: list[list[int]], width: int) -> Tensor:
 
 class _TokenWeights:
     """
-    Stands in for TRL's scalar `beta` while the loss is computed: TRL adds `beta * per_token_kl` to the loss of each token,
-    which with this object is the KL weight of the token's attempt. So the KL estimator, its importance correction and the
-    normalization stay TRL's own.
+    Stands in for TRL's scalar `beta` while the loss is computed. TRL adds `beta * per_token_kl` to the loss of each token, and with
+    this object the factor is the KL weight of the token's attempt. The KL estimator, its importance correction and the
+    normalization are still TRL's.
     """
 
     def __init__(self, weights: Tensor):

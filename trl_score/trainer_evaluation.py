@@ -32,8 +32,8 @@ class EvaluatingTrainer(GRPOTrainer):
 
     def _counted(self, number: int) -> Tensor:
         """
-        Which of the `number` rollouts of a batch, over all processes, are counted, (B,): all in training. In evaluation with
-        several processes, rows from the start of the data fill up the last batch, and these are not counted again.
+        Whether each of the `number` rollouts of a batch of all processes is counted: (number,). In training all are. In evaluation
+        with several processes, rows from the start of the data fill up the last batch, and these are not counted again.
         """
         last = number
         if not self.model.training:
