@@ -8,6 +8,7 @@ import re
 import warnings
 from dataclasses import asdict, dataclass, field
 
+import psutil
 import torch
 
 from .checks import ContextCheck
@@ -30,7 +31,7 @@ CUT_OFF = 0.20  # share of attempts that end at `max_completion_length`: above, 
 ROWS = 8  # rollouts at a time, for the estimate of memory
 SHOWN = ("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i")
 VERDICT = re.compile(
-    r"\b(is|was|are|were)n?'?t? (wrong|incorrect|false|not (right|correct))\b|\bthere (is|was|are|were) (an? |some )?(error|mistake)"
+    r"\b(is|was|are|were) (wrong|incorrect|false|not right|not correct)\b|\b(is|was)n't (right|correct)\b|\bthere (is|was|are|were) (an? |some )?(error|mistake)"
     r"|\byou (are|were) (wrong|right|correct)\b|\byou (have )?made (an?|some) (error|mistake)",
     re.I,
 )
@@ -312,15 +313,16 @@ def estimate_memory(model, tokens: int) -> dict[str, float]:
     }
 
 
+def memory() -> tuple[int, str]:
+    """Bytes that a training can have here, and of what."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, "the GPU has"
+    return psutil.virtual_memory().available, "this machine has free"
+
+
 def check_memory(model, tokens: int) -> Finding:
     """Whether this machine's memory holds the training, by an estimate."""
-    needed = estimate_memory(model, tokens)
-    if torch.cuda.is_available():
-        there, where = torch.cuda.get_device_properties(0).total_memory, "the GPU has"
-    else:
-        import psutil
-
-        there, where = psutil.virtual_memory().available, "this machine has free"
+    needed, (there, where) = estimate_memory(model, tokens), memory()
     shown = ", ".join(f"{kind} {size / GB:.1f}" for kind, size in needed.items())
     fits = [kind for kind, size in needed.items() if size < there]
     state = "ok" if len(fits) == len(needed) else "look" if fits else "bad"

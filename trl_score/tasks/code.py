@@ -323,7 +323,8 @@ class HumanEval(CodeTask):
     splits = ("test",)
 
     def references(self) -> dict:
-        return {row["task_id"]: row["prompt"] + row["canonical_solution"] for row in self.source("humaneval")}
+        rows = [row for row in self.source("humaneval") if row.get("canonical_solution")]
+        return {row["task_id"]: row["prompt"] + row["canonical_solution"] for row in rows}
 
     @staticmethod
     def question(code: str) -> dict:
@@ -358,7 +359,7 @@ class HumanEvalFix(HumanEval):
     num_given_attempts = 1
 
     def references(self) -> dict:
-        rows = self.source("humanevalfix")
+        rows = [row for row in self.source("humanevalfix") if row.get("canonical_solution")]
         return {row["task_id"]: row["declaration"] + row["canonical_solution"] for row in rows}
 
     def rows(self, split: str) -> list[dict]:

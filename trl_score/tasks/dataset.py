@@ -100,7 +100,8 @@ class DatasetTask(Task):
         """The column `solution` in a box, for the rewards that read mathematics; see [`Task.gold`]."""
         if "solution" not in rows.column_names or not self.reads_mathematics:
             return [None] * len(rows)
-        return [f"\\boxed{{{each}}}" if not {"$", "\\"} & set(each) else each for each in map(str, rows["solution"])]
+        texts = map(str, rows["solution"])
+        return [each if "\\boxed" in each else f"\\boxed{{{each.strip().strip('$')}}}" for each in texts]
 
 
 def reward_function(name: str) -> Callable:

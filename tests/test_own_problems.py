@@ -1,0 +1,256 @@
+"""Problems of one's own: a class in a file or a package, a dataset with reward functions, a generator of reasoning-gym."""
+
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+
+from trl_score import cli, training
+from trl_score.evaluation import load_evaluation
+from trl_score.tasks import Arithmetic, catalogue, get_task, reasoning_gym
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH, answer, problems
+from trl_score.tasks.dataset import DatasetTask
+
+
+BASE = str(BASE_MODEL_PATH)
+TASK = """
+from trl_score.tasks import Arithmetic, Task
+
+class Small(Arithmetic):
+    name = "small"
+    def __init__(self):
+        super().__init__(num_train=32, num_test=20)
+
+class Nameless(Task):
+    def load(self, split): ...
+    def reward(self, completions, **kwargs): ...
+
+class Abstract(Task):
+    name = "abstract"
+
+ready = Small()
+number = 3
+
+def same(completions, solution, **kwargs):
+    texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
+    return [float(text.split() == gold.split()) for text, gold in zip(texts, solution, strict=True)]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a task of one's own and a dataset, which commands are run in."""
+    (tmp_path / "my_task.py").write_text(TASK)
+    (tmp_path / "broken_task.py").write_text("1 / 0")
+    (tmp_path / "data").mkdir()
+    for split, seed in (("train", 1), ("test", 2)):
+        rows = [{"problem": digits, "answer": answer(digits)} for digits in problems(split, 20, seed)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command in this process; returns its exit code and what it printed."""
+
+    def command(*arguments):
+        try:
+            code = cli.main([str(each) for each in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            logging.getLogger("trl_score").setLevel(logging.NOTSET)
+        done = capsys.readouterr()
+        return code, done.out, done.err
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "name", ["my_task.py:Small", "{folder}/my_task.py:Small", "my_task:Small", "my_task.py:ready"]
+)
+def test_a_class_in_a_file_or_a_module_is_a_task(folder, name):
+    task = get_task(name.format(folder=folder))
+    assert task.name == "small" and len(task.load("test")) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("my_tsk.py:Small", OSError, "there is no file 'my_tsk.py'"),
+        ("my_task.py:Smal", ValueError, "'my_task.py' has no 'Smal'"),
+        ("no_such_module:Small", ImportError, "No module named 'no_such_module'"),
+        ("broken_task.py:Small", ValueError, "fails when it is loaded: ZeroDivisionError: division by zero"),
+        ("my_task.py:number", ValueError, "is not a subclass of `trl_score.tasks.Task`"),
+        ("my_task.py:Nameless", ValueError, "has no `name`. Set it in the class"),
+        ("my_task.py:Abstract", ValueError, "cannot be made: Can't instantiate abstract class"),
+        ("maths", ValueError, "Unknown task 'maths'. Expected one of"),
+    ],
+)
+def test_what_is_no_task_is_said(folder, name, kind, message):
+    with pytest.raises(kind, match=message):
+        get_task(name)
+
+
+def test_a_task_that_takes_no_folder_says_so(folder):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'data_dir'"):
+        get_task("my_task.py:Small", data_dir="x")
+
+
+def test_a_dataset_is_a_task(folder):
+    """A folder with two splits, a single file, other names of the splits; columns get the names that TRL's functions read."""
+    task = DatasetTask("data")
+    assert task.has("test") and task.load("test").column_names == ["solution", "prompt"]
+    assert task.load("train")[0]["prompt"] == [{"role": "user", "content": problems("train", 1, 1)[0]}]
+    file = DatasetTask("data/train.jsonl")
+    assert len(file.load("train")) == 20 and not file.has("test")
+    with pytest.raises(ValueError, match="has no split 'test', only \\['train'\\]"):
+        file.load("test")
+    turned = DatasetTask("data", splits={"train": "test", "test": "train"})
+    assert turned.load("train")["solution"] == task.load("test")["solution"]
+
+
+def test_reward_functions_are_trl_s_or_ones_own(folder):
+    task = DatasetTask("data", reward_funcs=["my_task.py:same", "think_format_reward"])
+    gold = task.load("test")["solution"][0]
+    for completions in (
+        [gold, "1"],
+        [[{"role": "assistant", "content": gold}], [{"role": "assistant", "content": "1"}]],
+    ):
+        assert task.reward(completions, solution=[gold, gold]) == [1.0, 0.0]
+    assert [each.__name__ for each in task.reward_funcs] == ["same", "think_format_reward"]
+    assert DatasetTask("data", reward_funcs=["my_task.same"]).reward([gold], solution=[gold]) == [1.0]
+    assert DatasetTask("data").reward(["It is \\boxed{3}.", "\\boxed{4}"], solution=["$3$", "$3$"]) == [1.0, 0.0]
+    for name in ("acuracy_reward", "my_task.py:number"):
+        with pytest.raises(ValueError, match=f"`reward_funcs` has no function '{name}'"):
+            DatasetTask("data", reward_funcs=[name])
+
+
+def test_gold_answers_of_a_dataset_are_in_the_form_that_the_grader_reads():
+    rows = Dataset.from_dict({"solution": ["72", "$3$"]})
+    task = DatasetTask("d")
+    assert task.gold(rows) == ["\\boxed{72}", "\\boxed{3}"]
+    assert task.reward(task.gold(rows), solution=rows["solution"]) == [1.0, 1.0]
+
+
+SMALL = ["--model", BASE, "--max_completion_length", "8", "--limit", "4"]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (["--task", "my_task.py:Small"], "small"),
+        (["--dataset_name", "data", "--reward_funcs", "my_task.py:same", "--correction_instruction", "please check again"], "data"),
+    ],
+)  # fmt: skip
+def test_commands_that_sample_take_them(folder, command, given, name):
+    code, out, err = command("evaluate", *SMALL, *given, "--output_dir", "results")
+    assert code == 0 and "| Accuracy@t1 |" in out, err
+    assert load_evaluation("results").settings["task"] == name
+    code, out, err = command("collect", *SMALL, *given, "--num_samples", "1", "--output_dir", "rollouts")
+    assert code == 0 and out.startswith("4 rollouts at 4 problems"), err
+
+
+def test_training_takes_them(folder, monkeypatch, capsys):
+    tiny = [
+        "--model_name_or_path",
+        BASE,
+        "--max_steps",
+        "1",
+        "--stage1_steps",
+        "0",
+        "--max_completion_length",
+        "8",
+        "--use_cpu",
+    ]
+    tiny += ["--num_generations", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--bf16", "false"]
+    tiny += ["--save_strategy", "no", "--correction_instruction", "please check again", "--logging_steps", "1"]
+    training.main(["--task", "my_task.py:Small", *tiny, "--output_dir", "own"])
+    assert "20 held-out problems" in capsys.readouterr().out
+    given = ["--dataset_name", "data", "--reward_funcs", "my_task.py:same", "my_task.py:same"]
+    trainers, train = [], training.train
+    monkeypatch.setattr(training, "train", lambda *args: trainers.append(train(*args)))
+    training.main([*given, *tiny, "--output_dir", "other"])
+    (log,) = [log for log in trainers[0].state.log_history if "reward_t1" in log]
+    assert log["reward_t1"] == pytest.approx(2 * log["accuracy_t1"])  # added in training, and right by the first
+
+
+# reasoning-gym
+
+
+@pytest.fixture
+def gym():
+    pytest.importorskip("reasoning_gym")
+    return get_task("reasoning_gym:chain_sum")
+
+
+def test_problems_of_reasoning_gym_are_graded_by_it(gym):
+    rows = gym.load("test").select(range(8))
+    gold = gym.gold(rows)
+    columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
+    assert gym.reward(gold, **columns) == [1.0] * 8
+    assert gym.reward([f"Let me see. <answer> {each} </answer>" for each in gold], **columns) == [1.0] * 8
+    assert (
+        gym.reward(["" for _ in gold], **columns) == gym.reward([f"{each}0" for each in gold], **columns) == [0.0] * 8
+    )
+    assert gym.answer("So <answer>3</answer>, no, <answer>4</answer>") == "4" and gym.answer("  ") is None
+
+
+def test_splits_of_reasoning_gym_are_the_same_each_time_and_disjoint(gym):
+    train, test = (gym.load(split)["prompt"] for split in ("train", "test"))
+    assert train == get_task("reasoning_gym:chain_sum").load("train")["prompt"]
+    texts = [each[0]["content"] for each in [*train, *test]]
+    assert len(set(texts)) == len(texts) > 900
+
+
+def test_an_attempt_that_the_grader_cannot_read_is_wrong(gym, monkeypatch):
+    monkeypatch.setattr(type(gym._data["test"]), "score_answer", lambda *_: 1 / 0)
+    assert gym.reward(["?"], split=["test"], number=[0]) == [0.0]
+
+
+def test_what_reasoning_gym_does_not_have_is_said(gym):
+    with pytest.raises(ValueError, match=r"reasoning-gym has no 'chain_sums'\. It has: "):
+        get_task("reasoning_gym:chain_sums")
+    with pytest.raises(ValueError, match=r"does not take the settings \{'min_term': 4\}"):
+        get_task("reasoning_gym:chain_sum", min_term=4)
+    with pytest.raises(ValueError, match="Unknown split 'dev'"):
+        gym.load("dev")
+
+
+def test_without_the_package_its_name_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
+    assert reasoning_gym.generators() == []
+    with pytest.raises(ImportError, match="pip install 'trl-score\\[reasoning-gym\\]'"):
+        get_task("reasoning_gym:chain_sum")
+
+
+# what `trl-score tasks` prints
+
+
+def test_tasks_are_listed(command):
+    code, out, _ = command("tasks")
+    assert code == 0 and "gsm8k" in out and "reasoning_gym:NAME" in out and "FILE.py:CLASS" in out
+    assert (
+        catalogue.sentence("Words (Cobbe et al. 2021): `train` or test. More.")
+        == "Words (Cobbe et al. 2021): train or test."
+    )
+
+
+def test_a_task_is_shown(folder, command):
+    code, out, _ = command("tasks", "my_task.py:Small")
+    gold = Arithmetic(num_test=1).load("test")["answer"][0]
+    assert code == 0 and "32 (train), 20 (test)" in out and f"    {gold}\n" in out
+    assert "user: " in out and "please check again" in out and "1.0 if the whole line is right" in out
+    code, _, err = command("tasks", "my_task.py:Smal")
+    assert code == 1 and err == "trl-score tasks: The task 'my_task.py:Smal': 'my_task.py' has no 'Smal'.\n"
+
+
+def test_configurations_are_listed_and_printed(command):
+    code, out, _ = command("configs")
+    assert code == 0 and "\nmath_1.5b_lora " in out
+    code, out, _ = command("configs", "math_1.5b_lora")
+    assert code == 0 and "task: math" in out
+    code, _, err = command("configs", "math_1.5_lora")
+    assert code == 1 and "Did you mean 'math_1.5b_lora'?" in err
