@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import shutil
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -37,29 +38,13 @@ RUN = "score_run.json"  # the settings of a run, as its card shows them
 OPTIONS = ("adaptive_stage1_beta", "kl_level", "loss_type", "top_p", "top_k")  # shown where not the default
 EXAMPLE = "How many positive whole numbers divide 360 without a remainder?"
 REPEATED = (  # options that a run is repeated with, whatever their defaults will be
-    *(
-        "num_attempts",
-        "num_attempts_eval",
-        "correction_instruction",
-        "stage1_steps",
-        "alpha",
-        "gamma",
-        "beta",
-        "stage1_beta",
-    ),
-    *(
-        "adaptive_stage1_beta",
-        "kl_level",
-        "offline_first_attempts",
-        "loss_type",
-        "scale_rewards",
-        "epsilon",
-        "epsilon_high",
-    ),
-    *("num_generations", "num_iterations", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs"),
-    *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1"),
-    *("adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "seed"),
+    *("num_attempts", "num_attempts_eval", "correction_instruction", "stage1_steps", "alpha", "gamma", "beta"),
+    *("stage1_beta", "adaptive_stage1_beta", "kl_level", "offline_first_attempts", "loss_type", "scale_rewards"),
+    *("epsilon", "epsilon_high", "num_generations", "num_iterations", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "chat_template_kwargs", "max_steps", "num_train_epochs", "learning_rate"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "seed"),
     *("data_seed", "mask_truncated_completions"),
 )
 
@@ -184,24 +169,28 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     (path.parent / RUN).write_text(strict_json({"settings": settings}), "utf-8")
 
 
-def copy_model_card(output_dir: str | Path, folder: str | Path) -> None:
+@contextmanager
+def own_card(output_dir: str | Path, folder: str | Path):
     """
-    Put the card of a run, with its figure and its settings, into another folder that the model was saved to, such as a
-    checkpoint: PEFT has written an empty one there.
+    While a model is saved into a folder: PEFT writes a card of its own, or into the one that is there. Afterwards the folder
+    has the card of the run, if one was written, with its figure and its settings.
     """
     output_dir, folder = Path(output_dir), Path(folder)
-    if folder.resolve() == output_dir.resolve() or not (output_dir / RUN).exists():
+    card = output_dir / "README.md"
+    text = card.read_bytes() if card.exists() and (output_dir / RUN).exists() else None
+    yield
+    if text is None:
         return
-    for name in ("README.md", FIGURE, RUN):
-        if (output_dir / name).exists():
+    (folder / card.name).write_bytes(text)
+    for name in (FIGURE, RUN):
+        if folder.resolve() != output_dir.resolve() and (output_dir / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(output_dir / name, folder / name)
 
 
 def _describe(data: ModelCardData, trainer: "SCoReTrainer", evaluations: dict, folder: str) -> None:
     """The metadata for the Hub: what TRL leaves out, and the results."""
-    data.to_dict().pop("licence", None)
-    if hasattr(data, "licence"):  # TRL's placeholder
+    if hasattr(data, "licence"):  # TRL's placeholder, in another spelling than the Hub's
         del data.licence
     data.pipeline_tag = "text-generation"
     adapter = adapter_of(trainer)
@@ -213,9 +202,9 @@ def _describe(data: ModelCardData, trainer: "SCoReTrainer", evaluations: dict, f
     for name in ("license", "license_name", "license_link"):
         if (value := getattr(base, name, None)) is not None:
             setattr(data, name, value)
-    data.language = getattr(base, "language", None) or data.language
-    if not data.datasets and trainer.task is not None:
-        data.datasets = datasets_of(trainer.task) or None
+    datasets = datasets_of(trainer.task) if trainer.task else []
+    data.datasets = data.datasets or datasets or None
+    data.language = getattr(base, "language", None) or ("en" if datasets else None)  # the datasets are in English
     if not evaluations or trainer.eval_task is None:
         return
     entries = []
@@ -316,9 +305,8 @@ def settings_of(trainer: "SCoReTrainer", base_model: str | None) -> dict[str, st
     computed = "bfloat16" if config.bf16 else "float16" if config.fp16 else str(trained).removeprefix("torch.")
     found["trained weights, computation"] = f"{str(trained).removeprefix('torch.')}, {computed}"
     found["seed"] = f"{config.seed}"
-    device = (
-        torch.cuda.get_device_name() if trainer.accelerator.device.type == "cuda" else trainer.accelerator.device.type
-    )
+    kind = trainer.accelerator.device.type
+    device = torch.cuda.get_device_name() if kind == "cuda" else kind.upper()
     seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
     time = f", {seconds / 3600:.1f} hours" if seconds and seconds > 3600 else f", {seconds:.0f} s" if seconds else ""
     found["hardware"] = f"{config.world_size} x {device}{time}"
@@ -369,7 +357,7 @@ def command_of(trainer: "SCoReTrainer", base_model: str | None) -> dict:
         found |= {"load_in_4bit": True, "bnb_4bit_quant_type": quantization["bnb_4bit_quant_type"]}
         found["use_bnb_nested_quant"] = quantization["bnb_4bit_use_double_quant"]
     values = {name: _plain(getattr(config, name)) for name in REPEATED}
-    return found | {name: value for name, value in values.items() if value is not None}
+    return found | {name: value for name, value in values.items() if value not in (None, {})}
 
 
 def _plain(value):

@@ -51,7 +51,7 @@ from .checks import (
 from .decoding import Decoding, keep_random_state, load_generation_config, neutral_generation, with_end_token
 from .first_attempts import is_stored, sample_or_take, stored_attempts
 from .metrics import attempt_changes, self_correction_values
-from .model_card import copy_model_card, write_model_card
+from .model_card import own_card, write_model_card
 from .objective import (
     Stage,
     balanced_stage1_beta,
@@ -784,7 +784,8 @@ class SCoReTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         setattr(self.model.config, TRAINED_FLAG, True)
         try:
-            super()._save(output_dir, state_dict)
+            with own_card(self.args.output_dir, output_dir or self.args.output_dir):
+                super()._save(output_dir, state_dict)
         finally:
             delattr(self.model.config, TRAINED_FLAG)
         if self.args.should_save:
@@ -793,7 +794,6 @@ class SCoReTrainer(GRPOTrainer):
                 chat_template_kwargs=self.chat_template_kwargs,
                 correction_instruction=self.args.correction_instruction,
             )
-            copy_model_card(self.args.output_dir, output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         model_name = model_name or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]

@@ -150,12 +150,13 @@ def smoothed(steps: Sequence[float], values: np.ndarray, boundaries: Sequence[fl
 
 
 def attempts_figure(evaluations: dict[str, Evaluation], emphasized: set[str] = frozenset()) -> Figure:
-    """Accuracy over attempts (Appendix A.3), with 95 % intervals."""
+    """Accuracy over attempts (Appendix A.3), with 95 % intervals; of many evaluations, only of the emphasized ones."""
     figure, axes = _axes(evaluations)
     for number, (name, evaluation) in enumerate(evaluations.items()):
         metrics = evaluation.summary["metrics"]
         found = [metrics[f"accuracy_t{k}"] for k in range(1, 11) if f"accuracy_t{k}" in metrics]
-        _line(axes, range(1, len(found) + 1), found, name, style(number, name in emphasized))
+        band = name in emphasized or len(evaluations) <= MOST_LEGEND_ENTRIES  # more of them would hide each other
+        _line(axes, range(1, len(found) + 1), found, name, style(number, name in emphasized), band)
     axes.set(xlabel="attempt", ylabel="accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, axes)
@@ -186,7 +187,7 @@ def scaling_figure(scalings: dict[str, list[dict]], emphasized: set[str] = froze
         for kind, how in ways.items():
             found = [row[kind] for row in budgets]
             drawn = style(number, name in emphasized and kind == "corrected")
-            _line(axes, [row["budget"] for row in budgets], found, f"{name}: {how}", drawn)
+            _line(axes, [row["budget"] for row in budgets], found, f"{name}: {how}", drawn, True)
             number += 1
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -229,12 +230,13 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 85 else f"{name[:40]} .. {name[-40:]}"
 
 
-def _line(axes, x, found: list[dict], name: str, drawn: dict) -> None:
+def _line(axes: Axes, x, found: list[dict], name: str, drawn: dict, band: bool) -> None:
     values, low, high = (
         [np.nan if entry[key] is None else 100 * entry[key] for entry in found] for key in ("value", "low", "high")
     )
     axes.plot(x, values, marker="o", markersize=3, label=name, **drawn)
-    axes.fill_between(x, low, high, color=drawn["color"], alpha=0.15, linewidth=0)
+    if band:
+        axes.fill_between(x, low, high, color=drawn["color"], alpha=0.15, linewidth=0)
 
 
 # --- all of them ---

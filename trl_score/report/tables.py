@@ -204,9 +204,9 @@ def _statistics(evaluation: Evaluation) -> dict[str, str]:
                 result[f"{title}, by {column}"] = f"{error} ({len(set(clusters))} clusters)"
     each = np.array(list(values[delta].values()))
     if len(each) > 1 and (variance := float(each.var(ddof=1))) > 0:
-        result[f"smallest {label(delta)} found"] = percent(detectable_difference(variance, len(each)))
+        result[f"smallest {label(delta)} that is found"] = percent(detectable_difference(variance, len(each)))
         for difference in DIFFERENCES:
-            name = f"problems to find {label(delta)} = {100 * difference:g}"
+            name = f"problems to find {label(delta)} of {100 * difference:g}"
             result[name] = f"{problems_needed(difference, variance):,}"
     return result | _pass_at_k(rows, attempts)
 
