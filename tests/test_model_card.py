@@ -1,19 +1,28 @@
 """The card of a trained model says what happened, runs as it says, and gives nothing away."""
 
+import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trl
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from transformers import AutoTokenizer
+from peft import LoraConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
+from trl import ModelConfig, TrlParser
 
-from trl_score import evaluate_self_correction
-from trl_score.model_card import measured
+from trl_score import SCoReConfig, evaluate_self_correction
+from trl_score.model_card import RUN, card_of_base, datasets_of, measured
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
+from trl_score.training import TrainArguments
 
 
 @pytest.fixture
@@ -52,21 +61,21 @@ def test_card_has_the_table_the_settings_and_the_figure(trained):
     assert "## Limits" in text and "2409.12917" in text and "TRL: " in text
 
 
-def test_snippet_of_the_card_runs_the_attempts_as_trained(trained, capsys):
+def test_snippet_of_the_card_runs_the_attempts_as_trained(trained, capsys, monkeypatch):
+    """Unchanged, in the folder of the card."""
     text = (Path(trained.args.output_dir) / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    problem = trained.eval_dataset[0]["prompt"]
-    code = code.replace("path or Hub id of this model", trained.args.output_dir).replace(
-        '"..."', repr(problem[0]["content"])
-    )
-    exec(compile(code, "README.md", "exec"), {})
+    monkeypatch.chdir(trained.args.output_dir)
+    exec(compile(code, "README.md", "exec"), namespace := {})
+    problem = namespace["problem"]
+    assert problem[0]["content"] not in {row["prompt"][0]["content"] for row in trained.train_dataset}
     expected = trained.generate_attempts([problem])[0]
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"attempt {k}: {text}" for k, text in enumerate(expected, start=1)
     ]
 
 
-def test_snippet_has_the_arguments_of_the_chat_template(make_arithmetic_trainer, capsys):
+def test_snippet_has_the_arguments_of_the_chat_template(make_arithmetic_trainer, capsys, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
     trainer = make_arithmetic_trainer(
@@ -79,9 +88,10 @@ def test_snippet_has_the_arguments_of_the_chat_template(make_arithmetic_trainer,
         },
     )
     trainer.train()
+    trainer.task = "arithmetic"
     trainer.save_model()
     trainer.create_model_card()
-    test_snippet_of_the_card_runs_the_attempts_as_trained(trainer, capsys)
+    test_snippet_of_the_card_runs_the_attempts_as_trained(trainer, capsys, monkeypatch)
     assert (
         "chat_template_kwargs={'enable_thinking': False}" in (Path(trainer.args.output_dir) / "README.md").read_text()
     )
@@ -90,7 +100,9 @@ def test_snippet_has_the_arguments_of_the_chat_template(make_arithmetic_trainer,
 def test_metadata_is_valid_for_the_hub(trained):
     card = ModelCard.load(Path(trained.args.output_dir) / "README.md")
     assert isinstance(card.data, ModelCardData) and {"trl", "score"} <= {tag.lower() for tag in card.data.tags}
+    assert card.data.pipeline_tag == "text-generation" and "licence" not in card.data.to_dict()
     _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert {result.dataset_split for result in results} == {"test"}
     last = [log for log in trained.state.log_history if "eval_accuracy_t2" in log][-1]
     assert {result.metric_name: result.metric_value for result in results} == {
         "Accuracy@t1": pytest.approx(last["eval_accuracy_t1"], abs=1e-4),
@@ -114,3 +126,143 @@ def test_nothing_is_invented_and_nothing_leaks(make_arithmetic_trainer, monkeypa
     ):
         assert secret not in text
     assert "None" not in text
+
+
+@pytest.fixture
+def base_model(tmp_path):
+    """The embedded model in a folder with a card, as a model from the Hub has one."""
+    folder = shutil.copytree(BASE_MODEL_PATH, tmp_path / "base-model")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: a-licence\nlanguage:\n- fr\n---\n# A base\n")
+    return str(folder)
+
+
+@pytest.fixture
+def adapter_trainer(make_arithmetic_trainer, base_model):
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_arithmetic_trainer(
+        {"model": base_model, "peft_config": lora},
+        **{"max_steps": 3, "stage1_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.3},
+    )
+    trainer.task = trainer.eval_task = "arithmetic"
+    return trainer
+
+
+def test_card_of_an_adapter_names_what_it_is(adapter_trainer):
+    adapter_trainer.train()
+    adapter_trainer.save_model()
+    adapter_trainer.create_model_card()
+    card = ModelCard.load(Path(adapter_trainer.args.output_dir) / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model_relation == "adapter" and "lora" in card.data.tags
+    assert (card.data.license, card.data.license_name, card.data.language) == ("other", "a-licence", ["fr"])
+    assert "| adapter | LORA, rank 4, alpha 12, dropout 0.0, modules q_proj, v_proj |" in card.text
+    assert (
+        "| gradient clipping (norm) | 0.3 |" in card.text and "| trained weights, computation | float32" in card.text
+    )
+    assert re.search(r"\| hardware \| 1 x CPU, \d+ s \|", card.text) and re.search(
+        r"\| versions \|.* peft \d", card.text
+    )
+
+
+def test_card_of_an_adapter_on_4_bits_says_so_and_repeats_them(make_arithmetic_trainer):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_arithmetic_trainer({"quantization_config": quantization, "peft_config": lora}, max_steps=1)
+    trainer.train()
+    trainer.create_model_card()
+    text = (Path(trainer.args.output_dir) / "README.md").read_text()
+    options = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    assert "| base model's weights | 4 bits (nf4) |" in text and "bitsandbytes" in text and "q_proj" in text
+    assert (options["load_in_4bit"], options["bnb_4bit_quant_type"], options["use_bnb_nested_quant"]) == (
+        True,
+        "nf4",
+        True,
+    )
+
+
+def test_checkpoints_and_saved_models_carry_the_card_of_the_run(adapter_trainer, tmp_path):
+    """With the steps that were done by then; a path of the base model, which PEFT writes into its card, is in none."""
+    adapter_trainer.train()
+    folder = Path(adapter_trainer.args.output_dir)
+    for step in (1, 2, 3):
+        text = (folder / f"checkpoint-{step}" / "README.md").read_text()
+        planned = "" if step == 3 else " of 3 planned"
+        assert f"| optimizer steps, of them Stage I | {step}{planned}, {min(step, 2)} |" in text
+        settings = json.loads((folder / f"checkpoint-{step}" / RUN).read_text())["settings"]
+        assert settings["optimizer steps, of them Stage I"] == f"{step}{planned}, {min(step, 2)}"
+    assert (folder / "checkpoint-3" / "images" / "training.png").exists()
+    adapter_trainer.save_model()
+    adapter_trainer.save_model(str(tmp_path / "elsewhere"))
+    for saved in (folder, folder / "checkpoint-1", tmp_path / "elsewhere"):
+        text = (saved / "README.md").read_text()
+        assert "## Two attempts" in text and str(tmp_path) not in text, saved
+
+
+def test_options_of_the_card_repeat_the_run(adapter_trainer, tmp_path):
+    adapter_trainer.train()
+    adapter_trainer.create_model_card()
+    text = (Path(adapter_trainer.args.output_dir) / "README.md").read_text()
+    (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    parser = TrlParser((TrainArguments, SCoReConfig, ModelConfig))
+    command = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "again")]
+    arguments, config, model = parser.parse_args_and_config([*command, "--use_cpu", "--report_to", "none"])
+    assert arguments.task == "arithmetic" and arguments.num_train_problems == 32
+    assert (model.use_peft, model.lora_r, model.lora_alpha) == (True, 4, 12)
+    assert model.lora_target_modules == ["q_proj", "v_proj"]
+    before, after = adapter_trainer.args.to_dict(), config.to_dict()
+    different = {name for name in before if before[name] != after[name]}
+    assert different <= {
+        *("output_dir", "logging_dir", "run_name", "model_init_kwargs"),  # places
+        *("logging_steps", "save_strategy", "save_steps", "per_device_eval_batch_size"),  # what is watched
+    }
+
+
+def test_without_a_card_the_licence_is_left_out():
+    card_of_base.cache_clear()
+    assert card_of_base("nobody/no-such-model") is None and card_of_base(str(BASE_MODEL_PATH)) is None
+    assert datasets_of("gsm8k") == ["openai/gsm8k"] and datasets_of("arithmetic") == []
+    assert datasets_of("math", "test") == ["HuggingFaceH4/MATH-500"] and len(datasets_of("math")) == 2
+
+
+class Hub:
+    """Stands in for the Hub: a repository is a folder of the cache, laid out as downloads are."""
+
+    def __init__(self, cache):
+        self.cache, self.uploads = cache, []
+
+    def create_repo(self, name, **kwargs):
+        return SimpleNamespace(repo_id=name if "/" in name else f"someone/{name}")
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns, **kwargs):
+        ignored = shutil.ignore_patterns(*ignore_patterns, ".cache")
+        repository, commit = self.cache / f"models--{repo_id.replace('/', '--')}", "0" * 40
+        shutil.copytree(folder_path, repository / "snapshots" / commit, ignore=ignored, dirs_exist_ok=True)
+        for name in {"config.json"} - {
+            path.name for path in Path(folder_path).iterdir()
+        }:  # the Hub says: no such file
+            (repository / ".no_exist" / commit).mkdir(parents=True)
+            (repository / ".no_exist" / commit / name).touch()
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        self.uploads.append(repository / "snapshots" / commit)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_snippet_runs_unchanged_after_a_push(make_arithmetic_trainer, base_model, tmp_path, monkeypatch, adapter):
+    """The model goes to a stand-in for the Hub; another process runs the snippet of the card that it has there."""
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    lora = {"peft_config": LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])} if adapter else {}
+    trainer = make_arithmetic_trainer({"model": base_model, **lora}, max_steps=2, push_to_hub=True, save_strategy="no")
+    trainer.task = trainer.eval_task = "arithmetic"
+    trainer.train()
+    trainer.push_to_hub()
+    (pushed,) = hub.uploads
+    text = (pushed / "README.md").read_text()
+    assert 'model = "someone/run"' in text and (pushed / "images" / "training.png").exists()
+    assert not list(pushed.glob("checkpoint-*")) and str(tmp_path) not in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    expected = trainer.generate_attempts([[{"role": "user", "content": "3 0 5 0 9 1"}]])[0]
+    assert run.stdout.splitlines() == [f"attempt {k}: {attempt}" for k, attempt in enumerate(expected, start=1)]

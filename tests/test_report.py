@@ -167,7 +167,7 @@ def test_a_hostile_completion_stays_text(folders, tmp_path, open_page):
 def test_feedback_stands_between_the_attempts(tmp_path, open_page):
     save_evaluation(tmp_path / "refined", "me/base", [[False, True], [True, True]], self_refine=True)
     page = open_page(write_report([tmp_path / "refined"], tmp_path / "report.html"))
-    assert page.locator("#metrics th").all_inner_texts() == ["", "base, Self-Refine"]
+    assert page.locator("#metrics thead th").all_inner_texts() == ["metric", "base, Self-Refine"]
     page.fill("#search", "FEEDBACK OF 1")
     assert page.locator(".rollout").count() == 1
     heads = [text.split(":")[0] for text in page.locator(".rollout h3").all_inner_texts()]

@@ -1,25 +1,52 @@
 """The card of a trained model: TRL's, with how SCoRe trained it, what was measured, and how to use it as trained."""
 
 import functools
+import importlib.metadata
 import json
+import logging
+import shutil
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from jinja2 import Template
+from peft import PeftConfig
+from trl.trainer.utils import get_config_model_id
 
 from ._version import __version__
 from .metrics import bootstrap_intervals, label, metric
+from .records import strict_json
+from .tasks import TASKS, Arithmetic, MathTask
+from .tasks.math import math_prompt
+from .tasks.sources import HUB
 
 
 if TYPE_CHECKING:
     from .score_trainer import SCoReTrainer
 
+logger = logging.getLogger(__name__)
+
 FIGURE = "images/training.png"
-OPTIONS = ("adaptive_stage1_beta", "kl_level")  # shown where not the default
+RUN = "score_run.json"  # the settings of a run, as its card shows them
+OPTIONS = ("adaptive_stage1_beta", "kl_level", "loss_type", "top_p", "top_k")  # shown where not the default
+EXAMPLE = "How many positive whole numbers divide 360 without a remainder?"
+REPEATED = (  # options that a run is repeated with, whatever their defaults will be
+    *("num_attempts", "num_attempts_eval", "correction_instruction", "stage1_steps", "alpha", "gamma", "beta"),
+    *("stage1_beta", "adaptive_stage1_beta", "kl_level", "offline_first_attempts", "loss_type", "scale_rewards"),
+    *("epsilon", "epsilon_high", "num_generations", "num_iterations", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "chat_template_kwargs", "max_steps", "num_train_epochs", "learning_rate"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "seed"),
+    *("data_seed", "mask_truncated_completions"),
+)
 
 
 def measured(log: dict, prefix: str, num_attempts: int, num_problems: int | None) -> dict[str, dict[str, float]]:
@@ -97,7 +124,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     """
     Amend the card that TRL wrote: its quick start gives way to the attempts as they were trained; the settings, the training
     figure and the evaluations of the run are added, the last one also as metadata for the Hub. What was not measured is left
-    out.
+    out. The settings are also written to `score_run.json` beside the card, where `trl-score report` reads them.
 
     Args:
         path (`Path`):
@@ -107,58 +134,257 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     """
     config, state = trainer.args, trainer.state
     evaluations = evaluations_of(trainer)
-    chat = isinstance(next(iter(trainer.train_dataset))["prompt"], list)
-    template = Template(
-        resources.files("trl_score").joinpath("templates/score_model_card.md").read_text("utf-8"),
-        trim_blocks=True,
-    )
+    card = ModelCard.load(path)
+    settings = settings_of(trainer, card.data.base_model)
     num_problems = None  # of several sets, each has its own number
     if hasattr(trainer.eval_dataset, "__len__") and not isinstance(trainer.eval_dataset, dict):
         num_problems = len(trainer.eval_dataset)
-    section = template.render(
+    section = Template(
+        resources.files("trl_score").joinpath("templates/score_model_card.md").read_text("utf-8"),
+        trim_blocks=True,
+    ).render(
         config=config,
-        options=", ".join(
-            f"{name}={getattr(config, name)}"
-            for name in OPTIONS
-            if getattr(config, name) != getattr(type(config), name)
-        ),
-        chat=chat,
+        problem=_literal(example_problem(trainer)),
+        model_id=trainer.hub_model_id or config.hub_model_id,
+        instruction=_literal(config.correction_instruction),
         task=trainer.task,
         eval_task=trainer.eval_task,
-        model_id=config.hub_model_id or "path or Hub id of this model",
-        instruction=json.dumps(config.correction_instruction, ensure_ascii=False),
         results=tables(evaluations),
         num_problems=num_problems,
-        num_train=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         decoding="greedy decoding" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}",
-        max_steps=state.max_steps,
-        stage1_steps=sum(trainer.stage_at(step).number == 1 for step in range(state.max_steps)),
-        rollouts_per_step=config.per_device_train_batch_size * config.world_size * config.gradient_accumulation_steps,
-        schedule=getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type),
+        settings=settings,
+        command=yaml.safe_dump(
+            command_of(trainer, card.data.base_model), sort_keys=False, allow_unicode=True, width=100
+        ),
         figure=FIGURE if write_figure(path.parent / FIGURE, state.log_history) else None,
         version=__version__,
     )
-    card = ModelCard.load(path)
     before, _, rest = card.text.partition("## Quick start")
     _, _, after = rest.partition("## Training procedure")
     if card.data.base_model is None:  # a local base model has no name that means anything elsewhere
         before = before.replace("of [None](https://huggingface.co/None)", "of a local model")
     card.text = f"{before}{section}\n\n## Training procedure{after}"
-    if evaluations and trainer.eval_task is not None:
-        entries = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=name or trainer.eval_task,
-                dataset_name=name or trainer.eval_task,
-                metric_type="accuracy",
-                metric_name=label(f"accuracy_t{k + 1}"),
-                metric_value=round(steps[max(steps)][f"accuracy_t{k + 1}"]["value"], 4),
-            )
-            for name, steps in evaluations.items()
-            for k in range(config.num_attempts_eval)
-        ]
-        card.data["model-index"] = eval_results_to_model_index(card.data.model_name or path.parent.name, entries)
+    _describe(card.data, trainer, evaluations, path.parent.name)
     card.save(path)
+    (path.parent / RUN).write_text(strict_json({"settings": settings}), "utf-8")
+
+
+@contextmanager
+def own_card(output_dir: str | Path, folder: str | Path):
+    """
+    While a model is saved into a folder: PEFT writes a card of its own, or into the one that is there. Afterwards the folder
+    has the card of the run, if one was written, with its figure and its settings.
+    """
+    output_dir, folder = Path(output_dir), Path(folder)
+    card = output_dir / "README.md"
+    text = card.read_bytes() if card.exists() and (output_dir / RUN).exists() else None
+    yield
+    if text is None:
+        return
+    (folder / card.name).write_bytes(text)
+    for name in (FIGURE, RUN):
+        if folder.resolve() != output_dir.resolve() and (output_dir / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(output_dir / name, folder / name)
+
+
+def _describe(data: ModelCardData, trainer: "SCoReTrainer", evaluations: dict, folder: str) -> None:
+    """The metadata for the Hub: what TRL leaves out, and the results."""
+    if hasattr(data, "licence"):  # TRL's placeholder, in another spelling than the Hub's
+        del data.licence
+    data.pipeline_tag = "text-generation"
+    adapter = adapter_of(trainer)
+    if adapter is not None:
+        data.library_name = "peft"
+        data.tags = [*data.tags, adapter.peft_type.value.lower()]
+        data.base_model_relation = "adapter"
+    base = card_of_base(get_config_model_id(trainer.model.config))
+    for name in ("license", "license_name", "license_link"):
+        if (value := getattr(base, name, None)) is not None:
+            setattr(data, name, value)
+    datasets = datasets_of(trainer.task) if trainer.task else []
+    data.datasets = data.datasets or datasets or None
+    data.language = getattr(base, "language", None) or ("en" if datasets else None)  # the datasets are in English
+    if not evaluations or trainer.eval_task is None:
+        return
+    entries = []
+    for name, steps in evaluations.items():
+        task = name or trainer.eval_task
+        names = datasets_of(task, "test")
+        for k in range(trainer.args.num_attempts_eval):
+            entries.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=names[0] if names else task,
+                    dataset_name=task,
+                    dataset_split="test",
+                    metric_type="accuracy",
+                    metric_name=label(f"accuracy_t{k + 1}"),
+                    metric_value=round(steps[max(steps)][f"accuracy_t{k + 1}"]["value"], 4),
+                )
+            )
+    data["model-index"] = eval_results_to_model_index(data.model_name or folder, entries)
+
+
+@functools.cache
+def card_of_base(name: str | None) -> ModelCardData | None:
+    """
+    What the card of a base model says of its licence and language; `None` if it has no card, or the Hub is away. A run asks
+    once.
+    """
+    try:
+        folder = Path(name)
+        file = folder / "README.md" if folder.is_dir() else hf_hub_download(name, "README.md", etag_timeout=5)
+        return ModelCard.load(file, ignore_metadata_errors=True).data
+    except Exception as error:  # the card of a trained model is written all the same
+        logger.info(f"The card of the base model '{name}' cannot be read, so the licence is left out: {error}")
+        return None
+
+
+def datasets_of(task: str, split: str | None = None) -> list[str]:
+    """The datasets of a task on the Hub, of one split if it has a dataset of its own; empty for other tasks."""
+    found = {name: source.repository for name, source in HUB.items() if name.partition("/")[0] == task}
+    own = [repository for name, repository in found.items() if split and name.endswith(f"/{split}")]
+    return own or list(dict.fromkeys(found.values()))
+
+
+def adapter_of(trainer: "SCoReTrainer") -> PeftConfig | None:
+    """The configuration of the adapter that is trained, if one is."""
+    return getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
+
+
+def quantization_of(trainer: "SCoReTrainer") -> dict:
+    """How the weights under an adapter are quantized; empty if they are not."""
+    found = getattr(trainer.model.config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
+def settings_of(trainer: "SCoReTrainer", base_model: str | None) -> dict[str, str]:
+    """
+    The settings of a run and what it was made with, as the card and the report show them: name to text. Paths are left out.
+
+    Args:
+        trainer ([`SCoReTrainer`]):
+            The trainer, in training or after it.
+        base_model (`str`, *optional*):
+            The base model's id on the Hub.
+    """
+    config, state, found = trainer.args, trainer.state, {}
+    found["base model"] = base_model or "a local model"
+    if trainer.task:
+        number = f", {len(trainer.train_dataset)} problems" if hasattr(trainer.train_dataset, "__len__") else ""
+        found["task (training split)"] = f"{trainer.task}{number}"
+    found["attempts"] = f"{config.num_attempts}"
+    if config.offline_first_attempts:
+        found["share of first attempts that were stored ones"] = f"{config.offline_first_attempts}"
+    done, stage1 = state.global_step, sum(trainer.stage_at(step).number == 1 for step in range(state.global_step))
+    planned = f" of {state.max_steps} planned" if done < state.max_steps else ""
+    found["optimizer steps, of them Stage I"] = f"{done}{planned}, {stage1}"
+    found["alpha (bonus), gamma (discount)"] = f"{config.alpha}, {config.gamma}"
+    found["beta1 (KL, every attempt), beta2 (KL added in Stage I)"] = f"{config.beta}, {config.stage1_beta}"
+    if options := [f"{name}={getattr(config, name)}" for name in OPTIONS if _is_set(config, name)]:
+        found["other options"] = ", ".join(options)
+    schedule, warmup = _plain(config.lr_scheduler_type), f"{config.warmup_steps:g} steps of warm-up"
+    found["learning rate, schedule"] = f"{config.learning_rate}, {schedule}, {warmup}"
+    betas = f"betas {config.adam_beta1}, {config.adam_beta2}"
+    found["optimizer"] = f"{_plain(config.optim)}, {betas}, weight decay {config.weight_decay}"
+    found["gradient clipping (norm)"] = f"{config.max_grad_norm}"
+    rollouts = config.per_device_train_batch_size * config.world_size * config.gradient_accumulation_steps
+    found["rollouts per optimizer step, of them per problem"] = f"{rollouts}, {config.num_generations}"
+    if config.num_iterations > 1:
+        found["updates on each batch of rollouts"] = f"{config.num_iterations}"
+    found["tokens per attempt, sampling temperature"] = f"{config.max_completion_length}, {config.temperature}"
+    if (adapter := adapter_of(trainer)) is not None:
+        found["adapter"] = _adapter(adapter)
+    if quantization := quantization_of(trainer):
+        four = quantization.get("load_in_4bit")
+        found["base model's weights"] = (
+            f"4 bits ({quantization.get('bnb_4bit_quant_type')})" if four else f"{quantization.get('quant_method')}"
+        )
+    trained = next(each.dtype for each in trainer.model.parameters() if each.requires_grad)
+    computed = "bfloat16" if config.bf16 else "float16" if config.fp16 else str(trained).removeprefix("torch.")
+    found["trained weights, computation"] = f"{str(trained).removeprefix('torch.')}, {computed}"
+    found["seed"] = f"{config.seed}"
+    kind = trainer.accelerator.device.type
+    device = torch.cuda.get_device_name() if kind == "cuda" else kind.upper()
+    seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
+    time = f", {seconds / 3600:.1f} hours" if seconds and seconds > 3600 else f", {seconds:.0f} s" if seconds else ""
+    found["hardware"] = f"{config.world_size} x {device}{time}"
+    names = [
+        "trl-score",
+        "trl",
+        "transformers",
+        "torch",
+        *(["peft"] if adapter else []),
+        *(["bitsandbytes"] if quantization else []),
+    ]
+    found["versions"] = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    found["date"] = datetime.now(UTC).date().isoformat()
+    return found
+
+
+def _adapter(adapter: PeftConfig) -> str:
+    parts = [adapter.peft_type.value]
+    if hasattr(adapter, "r"):
+        parts += [f"rank {adapter.r}", f"alpha {adapter.lora_alpha}", f"dropout {adapter.lora_dropout}"]
+    modules = getattr(adapter, "target_modules", None)
+    if modules:
+        parts.append(f"modules {modules if isinstance(modules, str) else ', '.join(sorted(modules))}")
+    return ", ".join(parts)
+
+
+def command_of(trainer: "SCoReTrainer", base_model: str | None) -> dict:
+    """
+    The options of `trl-score train` that repeat a run; of one with other problems or a local base model, as far as they can
+    be named.
+    """
+    config, found = trainer.args, {}
+    if trainer.task:
+        found["task"] = trainer.task
+        if hasattr(trainer.train_dataset, "__len__"):
+            found["num_train_problems"] = len(trainer.train_dataset)
+    if base_model:
+        found["model_name_or_path"] = base_model
+    if dtype := (config.model_init_kwargs or {}).get("dtype"):
+        found["dtype"] = str(dtype).removeprefix("torch.")
+    if (adapter := adapter_of(trainer)) is not None and hasattr(adapter, "r"):
+        found |= {"use_peft": True, "lora_r": adapter.r, "lora_alpha": adapter.lora_alpha}
+        found["lora_dropout"] = adapter.lora_dropout
+        if not isinstance(adapter.target_modules, str):
+            found["lora_target_modules"] = sorted(adapter.target_modules or [])
+        found |= {name: True for name in ("use_rslora", "use_dora") if getattr(adapter, name, False)}
+    if (quantization := quantization_of(trainer)).get("load_in_4bit"):
+        found |= {"load_in_4bit": True, "bnb_4bit_quant_type": quantization["bnb_4bit_quant_type"]}
+        found["use_bnb_nested_quant"] = quantization["bnb_4bit_use_double_quant"]
+    values = {name: _plain(getattr(config, name)) for name in REPEATED}
+    return found | {name: value for name, value in values.items() if value not in (None, {})}
+
+
+def _plain(value):
+    """A value of an option as YAML has it."""
+    return getattr(value, "value", value)
+
+
+def _is_set(config, name: str) -> bool:
+    return getattr(config, name) != getattr(type(config), name)
+
+
+def _literal(value) -> str:
+    """As it stands in Python code."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def example_problem(trainer: "SCoReTrainer") -> str | list[dict]:
+    """A problem for the snippet, in the form of the training problems and not one of them."""
+    kind = TASKS.get(trainer.task)
+    if kind is Arithmetic:
+        text = "3 0 5 0 9 1"
+    elif kind is not None and issubclass(kind, MathTask):
+        return math_prompt(EXAMPLE)
+    else:
+        text = EXAMPLE
+    chat = isinstance(next(iter(trainer.train_dataset))["prompt"], list)
+    return [{"role": "user", "content": text}] if chat else text
 
 
 def write_figure(path: Path, history: list[dict]) -> bool:

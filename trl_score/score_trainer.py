@@ -48,7 +48,7 @@ from .context import ContextCheck, context_limit
 from .decoding import trainer_decoding, trainer_tokenizer
 from .first_attempts import is_stored, most_sampled, sample_or_take, stored_attempts
 from .generation import AllAttempts, can_generate_all
-from .model_card import write_model_card
+from .model_card import own_card, write_model_card
 from .objective import (
     Stage,
     balanced_stage1_beta,
@@ -636,7 +636,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         setattr(self.model.config, TRAINED_FLAG, True)
         try:
-            super()._save(output_dir, state_dict)
+            with own_card(self.args.output_dir, output_dir or self.args.output_dir):
+                super()._save(output_dir, state_dict)
         finally:
             delattr(self.model.config, TRAINED_FLAG)
         if self.args.should_save:
