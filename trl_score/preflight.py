@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import psutil
 import torch
 
-from .checks import ContextCheck
+from .context import ContextCheck
 from .evaluation import evaluate
 from .jobs import Plan, grade
 from .metrics import metric
