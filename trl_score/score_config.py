@@ -249,6 +249,8 @@ class SCoReConfig(GRPOConfig):
                 "`correction_instruction` is empty, so the second attempt would not be asked to correct the first. Set "
                 "it to a sentence that does not say whether the attempt was right."
             )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p={self.top_p}` is no share of the probability. Set it above 0 and at most to 1.")
         if self.eval_temperature < 0:
             raise ValueError(
                 f"`eval_temperature={self.eval_temperature}` is negative. Set it to 0 for greedy decoding, or above."
