@@ -183,7 +183,7 @@ class ContextCheck:
         raise ValueError(
             f"The model's context of {self.limit} tokens is too short: a prompt of {rollout.prompt} tokens ({rollout.where}), "
             f"{attempts} and {rollout.bridges} tokens of correction instructions need {needed}.{more} Lower "
-            "`max_completion_length` or drop the longest rows."
+            "`max_completion_length`, shorten the correction instruction, or drop the longest rows."
         )
 
 

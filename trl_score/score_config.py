@@ -53,9 +53,9 @@ class SCoReConfig(GRPOConfig):
             Weight of the KL penalty that Stage I adds on the attempts before the one that it trains, $\beta_2$ (Eq. 3). The
             paper uses 0.25 for MBPP.
         adaptive_stage1_beta (`bool`, *optional*, defaults to `False`):
-            Adapt $\beta_2$ after each batch of Stage I, starting from `stage1_beta`, so that $\beta_2$ times the KL of the held
-            attempts is about as large as the mean absolute advantage of the trained attempt (Section 5.3). The formula is
-            ours: [`~trl_score.objective.balanced_stage1_beta`].
+            Adapt $\beta_2$ after each batch of Stage I, starting from `stage1_beta` (Section 5.3). It makes $\beta_2$ times the KL of
+            the held attempts about as large as the mean absolute advantage of the trained attempt. The formula is ours:
+            [`~trl_score.objective.balanced_stage1_beta`].
         kl_level (`str`, *optional*, defaults to `"token"`):
             Where the KL penalties are applied. `"token"` applies them in the loss, to each token the KL of the next-token
             distributions. `"sequence"` applies them in the reward, before the baseline, to each attempt its log-ratio to the
@@ -249,6 +249,8 @@ class SCoReConfig(GRPOConfig):
                 "`correction_instruction` is empty, so the second attempt would not be asked to correct the first. Set "
                 "it to a sentence that does not say whether the attempt was right."
             )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p={self.top_p}` is no share of the probability. Set it above 0 and at most to 1.")
         if self.eval_temperature < 0:
             raise ValueError(
                 f"`eval_temperature={self.eval_temperature}` is negative. Set it to 0 for greedy decoding, or above."
