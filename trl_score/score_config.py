@@ -249,6 +249,8 @@ class SCoReConfig(GRPOConfig):
         for name in ("beta", "stage1_beta", "eval_temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` is negative. Set it to 0 or above.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p={self.top_p}` is no share of the probability. Set it above 0 and at most to 1.")
         if self.beta == 0 and self.stage1_beta > 0 and self.stage1_steps > 0:
             raise ValueError(
                 "`stage=1` penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
