@@ -1,17 +1,22 @@
 """The command line, as a user types it."""
 
+import importlib.util
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from trl_score import cli
 from trl_score.baselines import BaselineArguments
+from trl_score.sampling import TransformersSampler
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 from trl_score.training import TrainArguments
 
@@ -26,27 +31,39 @@ def run(*arguments):
     return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
-def options_of(command: str) -> set[str]:
+def help_of(command: str, capsys, *more: str) -> str:
+    try:
+        assert cli.main([command, "--help", *more]) == 0
+    except SystemExit as stop:
+        assert stop.code == 0
+    return capsys.readouterr().out
+
+
+def options_of(command: str, text: str) -> set[str]:
     """The options that a command has, by its own parser."""
-    if command == "report":
-        text = run("report", "--help").stdout
-        return set(re.findall(r"--\w+", text)) - {"--help"}
-    if command in ("train", "baselines"):
-        return {
-            f"--{each.name}" for each in fields({"train": TrainArguments, "baselines": BaselineArguments}[command])
-        }
-    kinds = {"evaluate": cli.EvaluateArguments, "scale": cli.ScaleArguments, "collect": cli.CollectArguments}
+    if command in ("report", "tasks", "configs"):
+        return set(re.findall(r"^  (--\w+)", text, re.M))
+    kinds = {"train": TrainArguments, "baselines": BaselineArguments, **cli.SAMPLING}
     return {f"--{each.name}" for each in fields(kinds[command])}
 
 
-@pytest.mark.parametrize("command", ["train", "baselines", "collect", "evaluate", "scale", "report"])
-def test_every_option_is_documented_and_every_documented_one_exists(command):
+@pytest.mark.parametrize(
+    "command", ["train", "baselines", "collect", "check", "evaluate", "scale", "report", "tasks", "configs"]
+)
+def test_every_option_is_documented_and_every_documented_one_exists(command, capsys, monkeypatch):
     text = (ROOT / "docs" / "cli.md").read_text()
     section = re.search(rf"^## trl-score {command}\n(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
     documented = set(re.findall(r"^\| `(--\w+)`", section, re.M))
-    assert documented == options_of(command)
-    helped = run(command, "--help")
-    assert helped.returncode == 0 and all(option in helped.stdout for option in documented)
+    helped = help_of(command, capsys)
+    assert documented == options_of(command, helped)
+    assert all(option in helped for option in documented)
+
+
+def test_tables_of_the_page_are_what_the_options_say():
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    make_cli = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_cli)
+    assert (ROOT / "docs" / "cli.md").read_text() == make_cli.page(), "run python docs/make_cli.py"
 
 
 def test_help_is_instant_and_complete():
@@ -123,13 +140,31 @@ def test_packages_that_only_some_need_are_not_loaded():
         (["scale", *SMALL, "--output_dir", "{tmp}", "--max_budget", "3"], 1, "trl-score scale: `max_budget=3` is no power of 2"),
         (["report", "{tmp}"], 1, "trl-score report: '"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--temperatur", "1"], 2, "trl-score evaluate: error: "),
+        (["evaluate", *SMALL, "--output_dir", "{tmp}", "--limit", "0"], 1, "trl-score evaluate: `limit=0` leaves no problem. Set it"),
+        (["evaluate", *SMALL, "--output_dir", "{tmp}", "--top_p", "7"], 1, "trl-score evaluate: `temperature=0.0` and `top_p=7.0`: set"),
+        (["evaluate", *SMALL, "--output_dir", "{tmp}", "--correction_instruction", " "], 1, "trl-score evaluate: `correction_instruction` is empty"),
+        (["evaluate", *SMALL, "--output_dir", "{tmp}", "--dtype", "int8"], 1, "trl-score evaluate: `dtype='int8'` is no type of weights. Set it"),
+        (["evaluate", *SMALL, "--output_dir", "{tmp}/file/x"], 1, "trl-score evaluate: `output_dir='{tmp}/file/x'` is no folder: '{tmp}/file' is a file"),
+        (["evaluate", *SMALL, "--output_dir", "{tmp}", "--model", "{tmp}"], 1, "trl-score evaluate: The model '{tmp}' is not available: the folder has no config.json"),
+        (["collect", *SMALL, "--output_dir", "{tmp}", "--data_dir", "x"], 1, "trl-score collect: 'arithmetic' is made, not read"),
+        (["check", *SMALL, "--task", "my_task.py:Mine"], 1, "trl-score check: The task 'my_task.py:Mine': there is no file 'my_task.py'"),
+        (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--alpah", "3"], 2, "trl-score train: error: unknown option --alpah. Did you mean --alpha?"),
+        (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--num_proceses", "2"], 2, "trl-score train: error: unknown option --num_proceses. Did you mean --num_processes?"),
+        (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "stray"], 2, "trl-score train: error: unexpected argument 'stray'"),
+        (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--alpha", "-1"], 1, "trl-score train: `alpha=-1.0` would reward"),
+        (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--top_p", "7"], 1, "trl-score train: `top_p=7.0`"),
+        (["train", "--config", "{tmp}/broken.yaml"], 2, "trl-score train: error: --config {tmp}/broken.yaml is no YAML"),
+        (["baselines", "--method", "sft"], 2, "trl-score baselines: error: argument --method: invalid choice: 'sft'"),
+        (["baselines", "--num_samples", "1"], 1, "trl-score baselines: `num_samples=1` attempts per problem are too few"),
         (["train", "--task", "maths", "--output_dir", "{tmp}"], 1, "Unknown task 'maths'"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_and_have_an_exit_code(tmp_path, capfd, arguments, code, message):
     """The first and the launched command in a process of their own, as a user runs them; the others in this one."""
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    if arguments[0] in ("evalute", "train"):
+    arguments, message = [argument.format(tmp=tmp_path) for argument in arguments], message.format(tmp=tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "broken.yaml").write_text("a: [")
+    if arguments[0] == "evalute" or "maths" in arguments:
         done = run(*arguments)
         returned, errors = done.returncode, done.stderr
     else:
@@ -143,3 +178,95 @@ def test_errors_are_one_line_and_have_an_exit_code(tmp_path, capfd, arguments, c
     assert returned == code, errors
     last = [line for line in errors.splitlines() if line.startswith(("trl-score", "Unknown"))][-1]
     assert last.startswith(message) and "Traceback" not in errors
+
+
+def run_here(arguments, capfd):
+    try:
+        return cli.main([str(each) for each in arguments]), capfd.readouterr().err
+    finally:
+        logging.getLogger("trl_score").setLevel(logging.NOTSET)
+
+
+def test_what_is_not_an_option_of_training_is_accelerate_s(monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    given = [
+        "--task",
+        "arithmetic",
+        "--num_processes",
+        "2",
+        "--max_steps",
+        "2",
+        "--cpu",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert cli.main(["train", *given]) == 0
+    (launch,) = launched
+    assert (launch.num_processes, launch.cpu, launch.training_script, launch.module) == (
+        2,
+        True,
+        "trl_score.training",
+        True,
+    )
+    assert launch.training_script_args == ["--task", "arithmetic", "--max_steps", "2", "--output_dir", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (subprocess.CalledProcessError(7, "python"), 7),
+        (ChildFailedError("x", {0: ProcessFailure(0, 1, 3, "/nowhere")}), 3),
+        (SignalException("", signal.SIGINT), 130),
+    ],
+)
+def test_the_launcher_adds_no_error_of_its_own(monkeypatch, tmp_path, capfd, failure, code):
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    before = signal.getsignal(signal.SIGINT)
+    assert run_here(["train", "--task", "arithmetic", "--output_dir", tmp_path], capfd) == (code, "")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_endpoint_that_does_not_answer_is_said(monkeypatch, tmp_path, capfd):
+    def refuse(*_, **__):
+        raise ConnectionError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.InferenceClient.chat_completion", refuse)
+    where = ["--backend", "endpoint", "--base_url", "http://127.0.0.1:9/v1", "--output_dir", tmp_path / "new"]
+    code, errors = run_here(["evaluate", *SMALL, *where], capfd)
+    assert code == 1 and not (tmp_path / "new").exists() and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith(
+        f"trl-score evaluate: The endpoint (http://127.0.0.1:9/v1) did not answer for the model '{BASE}': [Errno 111] Connection "
+        "refused. Check that it runs"
+    )
+
+
+def test_a_folder_with_checkpoints_alone_names_one(monkeypatch, tmp_path, capfd):
+    (tmp_path / "checkpoint-20").mkdir()
+    code, errors = run_here(["evaluate", *SMALL, "--model", tmp_path, "--output_dir", tmp_path / "new"], capfd)
+    assert code == 1 and errors.endswith(
+        f"no config.json, but checkpoints. Give one of them, such as '{tmp_path}/checkpoint-20'.\n"
+    )
+
+
+def test_an_interrupted_evaluation_says_what_is_kept(monkeypatch, tmp_path, capfd):
+    sample = TransformersSampler.sample
+    calls = []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(TransformersSampler, "sample", interrupted)
+    arguments = ["evaluate", *SMALL, "--batch_size", "12", "--output_dir", tmp_path / "results"]
+    with pytest.raises(SystemExit) as stop:
+        run_here(arguments, capfd)
+    message = f"12 rollouts are kept in '{tmp_path / 'results'}': the same command continues from them."
+    assert stop.value.code == 130 and message in capfd.readouterr().err
+    calls[:] = [None] * 5
+    assert run_here(arguments, capfd)[0] == 0 and len(calls) == 6  # only the other 8

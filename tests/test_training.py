@@ -6,14 +6,24 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from trl import ModelConfig
 
 from trl_score import CollapseAlarm, KeepBestCheckpoint, SCoReConfig, SCoReTrainer
 from trl_score import training as module
+from trl_score.records import check_folder
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
-from trl_score.training import TrainArguments, TrainConfig, check_precision, checkpoint_to_resume, train, with_examples
+from trl_score.training import (
+    TrainArguments,
+    TrainConfig,
+    check_precision,
+    checkpoint_to_resume,
+    line_of,
+    train,
+    with_examples,
+)
 
 
 BASE = str(BASE_MODEL_PATH)
@@ -210,6 +220,10 @@ def test_a_machine_without_bfloat16_trains_or_says_what_to_add(tmp_path, monkeyp
         (["--task", "arithmetic", "--model_name_or_path", "x"], "Add `--use_cpu`"),
         (["--task", "arithmetic", "--keep_best_checkpoint"], "writes none. Set it to 'steps'"),
         (["--bf16", "true"], "Which problems"),
+        (["--task", "arithmetic", "--alpha", "-1"], "`alpha=-1.0` would reward"),
+        (["--task", "arithmetic", "--correction_instruction", " "], "`correction_instruction` is empty"),
+        (["--task", "arithmetic", "--num_train_problems", "0"], "--num_train_problems 0 leaves no problem"),
+        (["--task", "no_such.py:Task", "--model_name_or_path", "x"], "there is no file 'no_such.py'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_said_in_one_line_and_before_devices(tmp_path, monkeypatch, arguments, message):
@@ -220,6 +234,92 @@ def test_mistakes_are_said_in_one_line_and_before_devices(tmp_path, monkeypatch,
         module.main()
     assert message in error.value.code and "\n" not in error.value.code
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_blamed(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as error:
+        module.main(["--task", "arithmetic", "--output_dir", str(tmp_path / "file" / "run")])
+    assert (
+        error.value.code
+        == f"`output_dir='{tmp_path}/file/run'` is no folder: '{tmp_path}/file' is a file. Give another one."
+    )
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match="cannot be written: '.*' does not allow it. Give another folder"):
+        check_folder(tmp_path / "new" / "run")
+
+
+# what a run says while it trains
+
+
+def test_a_log_is_one_line():
+    logs = {
+        "stage": 1.0,
+        "accuracy_t1": 0.5,
+        "delta_i_to_c": 0.031,
+        "kl": 0.01234,
+        "num_generated_tokens": 12345.0,
+        "step_time": 3.21,
+    }
+    line = "step    20  stage 1  Accuracy@t1  50.0  Δ(i→c)   3.1  KL 0.0123  12,345 tokens  3.2 s/step"
+    assert line_of(20, logs) == line
+
+
+def test_the_time_left_counts_from_the_step_that_a_run_resumes_from():
+    """20 of 30 steps were done before: one more in a second leaves nine seconds, not half a second."""
+    bar, state = module.Progress(), TrainerState(max_steps=30, global_step=20, is_world_process_zero=True)
+    bar.on_train_begin(None, state, None)
+    state.global_step = 21
+    bar.on_step_end(None, state, None)
+    shown = bar.training_bar.format_dict
+    assert (shown["n"], shown["initial"], shown["total"]) == (21, 20, 30)
+    assert bar.training_bar.format_meter(**shown | {"elapsed": 1.0, "rate": None}).endswith("[00:01<00:09,  1.00s/it]")
+    bar.on_train_end(None, state, None)
+
+
+def test_tensorboard_shows_the_attempts_in_one_another(run, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    layout_pb2 = pytest.importorskip("tensorboard.plugins.custom_scalar.layout_pb2")
+    run(report_to=["tensorboard"], logging_dir=str(tmp_path / "board"))
+    (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    tensor = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout = layout_pb2.Layout.FromString(tensor)
+    shown = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert shown["accuracy"] == ["train/accuracy_t1", "train/accuracy_t2"]
+    logged = set(events.Tags()["scalars"])
+    assert {tag for tags in shown.values() for tag in tags} <= logged
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("save_steps", [1, 500])
+def test_an_interrupted_training_says_what_is_kept(run, tmp_path, monkeypatch, capsys, save_steps):
+    step = SCoReTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SCoReTrainer, "training_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(save_steps=save_steps)
+    last = capsys.readouterr().err.splitlines()[-1]
+    kept = f"1 of 2 steps were done; '{tmp_path}/run/checkpoint-1' is kept. The same command with `--resume_from_checkpoint true`"
+    nothing = "1 of 2 steps were done, and nothing is kept: no checkpoint was written yet"
+    assert stop.value.code == 130 and last.startswith(f"Interrupted. {kept if save_steps == 1 else nothing}")
+
+
+def test_after_training_an_interruption_costs_no_model(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 130 and (tmp_path / "run" / "model.safetensors").exists()
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == f"Interrupted. The model is trained and saved in '{tmp_path}/run'."
+    )
 
 
 def test_the_embedded_task_has_the_settings_of_its_configuration():

@@ -143,35 +143,36 @@ class Parser(TrlParser):
     def help_of(self, name: str) -> str:
         return next((action.help or "" for action in self._actions if action.dest == name), "")
 
-    def format_help(self, everything: bool = False) -> str:
-        """The help: the options in groups, this package's first; with `everything`, the others of TRL and transformers too."""
-        groups: dict[str, list] = {}
+    def groups(self) -> list[tuple[str | None, list[argparse.Action]]]:
+        """The options by the title of their group, in the order of the help; the last title, `None`, is that of all others."""
+        found: dict[str | None, list] = {}
         for action in self._actions:
             if action.dest not in ("help", "config") and not action.option_strings[0].startswith("--no_"):
-                groups.setdefault(self._group(action.dest), []).append(action)
-        rest = groups.pop(None, [])
-        groups = {
-            title: groups[title]
-            for title in sorted(groups, key=lambda title: ORDER.index(title) if title in ORDER else 9)
-        }
-        if MOST_USED in groups:
-            groups[MOST_USED].sort(key=lambda action: TRAINING.index(action.dest))
+                found.setdefault(self._group(action.dest), []).append(action)
+        if MOST_USED in found:
+            found[MOST_USED].sort(key=lambda action: TRAINING.index(action.dest))
+        order = [*ORDER, *(title for title in found if title and title not in ORDER), None]
+        return sorted(found.items(), key=lambda group: order.index(group[0]))
+
+    def format_help(self, everything: bool = False) -> str:
+        """The help: the options in groups, this package's first; with `everything`, the others of TRL and transformers too."""
         formatter = _Formatter(self.prog)
         formatter.add_text(f"usage: {self.prog} [OPTIONS]")
         if self.description:
             formatter.add_text(self.description[0].upper() + self.description[1:] + ".")
-        for title, actions in [
-            *groups.items(),
-            *([("All other options of TRL and transformers", rest)] if everything else []),
-        ]:
-            formatter.start_section(title)
+        rest = 0
+        for title, actions in self.groups():
+            if title is None and not everything:
+                rest = len(actions)
+                continue
+            formatter.start_section(title or "All other options of TRL and transformers")
             formatter.add_arguments(actions)
             formatter.end_section()
         formatter.add_text(
             "--config FILE.yaml, or NAME of `trl-score configs`, reads options from a file; the command line wins."
         )
-        if rest and not everything:
-            formatter.add_text(f"--help all shows {len(rest)} more options of TRL and transformers.")
+        if rest:
+            formatter.add_text(f"--help all shows {rest} more options of TRL and transformers.")
         if self.more:
             formatter.add_text(self.more)
         return formatter.format_help()

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import InferenceClient
@@ -437,7 +437,7 @@ class EndpointSampler(Sampler):
             messages = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             attempts = []
             for instruction in [*instructions, None]:  # nothing is asked after the last
-                answer = self.client.chat_completion(
+                answer = self._ask(
                     messages,
                     model=self.name,
                     max_tokens=decoding.max_completion_length,
@@ -456,13 +456,19 @@ class EndpointSampler(Sampler):
                 messages += [{"role": "assistant", "content": text}, {"role": "user", "content": instruction}]
             return attempts
 
+        with ThreadPoolExecutor(self.max_concurrency) as pool:
+            return list(pool.map(one, range(len(prompts))))
+
+    def _ask(self, messages: list[dict], **kwargs):
         try:
-            with ThreadPoolExecutor(self.max_concurrency) as pool:
-                return list(pool.map(one, range(len(prompts))))
-        except httpx.HTTPError as error:
+            return self.client.chat_completion(messages, **kwargs)
+        except (
+            Exception
+        ) as error:  # of the Hub's client or of the library below it, which is another one in other versions
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OSError(
-                f"The endpoint ({self.where}) did not answer for the model '{self.name}': {str(error).splitlines()[0]}. Check that "
-                "it runs, that its address is right (`base_url`, which often ends with /v1), and that it serves this model."
+                f"The endpoint ({self.where}) did not answer for the model '{self.name}': {said}. Check that it runs, that its "
+                "address is right (`base_url`, which often ends with /v1), and that it serves this model."
             ) from error
 
 
@@ -510,6 +516,7 @@ def open_model(
         kwargs["chat_template_kwargs"] = chat_template_kwargs
     else:
         check_dtype(kwargs)
+        check_model_folder(model)
         try:
             shared |= checkpoint_identity(model, **kwargs)
             tokenizer, chat_template_kwargs = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
@@ -563,6 +570,26 @@ def _endpoint_identity(where: str, chat_template_kwargs: dict, extra_body: dict)
 def _plain(quantization) -> dict | str | None:
     """A configuration as the results file has it."""
     return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+
+
+def check_model_folder(model: str) -> None:
+    """
+    Raises:
+        `OSError`: If it is a folder without a model, or a path that does not exist.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+            return
+        found = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        more = (
+            f", but checkpoints. Give one of them, such as '{found[-1]}'."
+            if found
+            else ". Give the folder of a model or a Hub id."
+        )
+        raise OSError(f"The model '{model}' is not available: the folder has no config.json{more}")
+    if model.startswith(("/", "./", "../", "~")):
+        raise OSError(f"The model '{model}' is not available: there is no such folder. Give a folder or a Hub id.")
 
 
 def check_dtype(kwargs: dict) -> None:
