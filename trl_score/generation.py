@@ -72,6 +72,26 @@ def can_generate_all(model: PreTrainedModel | PeftModel, config: GenerationConfi
     )
 
 
+@contextmanager
+def contiguous_head(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """
+    Within this context the language-model head gets a contiguous input. For the logits of the last position transformers hands it
+    a slice, and on a CPU PyTorch multiplies a slice by a frozen matrix (of a model under an adapter) as a batch: it copies the
+    matrix for each row, which takes `B * vocabulary * hidden` numbers and more time than all layers.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model that generates.
+    """
+    head = model.get_output_embeddings()
+    handle = head and head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
+
+
 @dataclass(eq=False)
 class Row:
     """

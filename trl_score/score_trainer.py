@@ -49,7 +49,7 @@ from .checks import (
 )
 from .decoding import Decoding, keep_random_state, load_generation_config, neutral_generation, with_end_token
 from .first_attempts import is_stored, sample_or_take, stored_attempts
-from .generation import AllAttempts, can_generate_all
+from .generation import AllAttempts, can_generate_all, contiguous_head
 from .metrics import attempt_changes, self_correction_values
 from .model_card import write_model_card
 from .objective import (
@@ -451,7 +451,9 @@ class SCoReTrainer(GRPOTrainer):
         """
         with ExitStack() as stack:
             if not self.use_vllm:
-                stack.enter_context(neutral_generation(self.accelerator.unwrap_model(self.model)))
+                model = self.accelerator.unwrap_model(self.model)
+                stack.enter_context(neutral_generation(model))
+                stack.enter_context(contiguous_head(model))
             if mode == "eval":
                 given = self.args.generation_kwargs or {}
                 technical = {name: given[name] for name in given.keys() & TECHNICAL_GENERATION_KWARGS}
