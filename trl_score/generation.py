@@ -30,23 +30,12 @@ DROP_AT = 0.75  # share of the rows of a batch that still generate, at which the
 # Options that treat a token by what is before it. Others count from the start of the call (`min_new_tokens`) or hold something for
 # each of its rows (`repetition_penalty`).
 OPTIONS = {
-    *(
-        "max_new_tokens",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-    ),
-    *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
-    *("renormalize_logits", "remove_invalid_values", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
+    *("eta_cutoff", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias", "use_cache"),
+    *("renormalize_logits", "remove_invalid_values", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("disable_compile", "transformers_version"),
 }
-
-NEUTRAL = {"repetition_penalty": 1.0}  # TRL says so in each call
+NEUTRAL = {"repetition_penalty": 1.0, "num_beams": 1, "num_return_sequences": 1}
 
 
 def can_generate_all(model: PreTrainedModel | PeftModel, config: GenerationConfig) -> bool:

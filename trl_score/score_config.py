@@ -45,9 +45,9 @@ class SCoReConfig(GRPOConfig):
             (lists of texts or of token ids, sampled from the base model) instead of the policy (Section 5.3). Their first
             attempts are graded, and not trained. 1: no online first attempts, the paper's ablation (Section 6.3).
         reuse_cache (`bool`, *optional*, defaults to `True`):
-            Generate an attempt from the key-value cache of the one before, instead of reading the whole context again: in
-            generation by transformers (not by its continuous batching), for models with full attention in all layers, not
-            with FSDP or ZeRO-3. Elsewhere it changes nothing.
+            Generate all attempts in one call of `generate`, in which no token is read twice and no row waits for the attempt of
+            another one. False: a call for each attempt, which reads its whole context. For generation by transformers, not by its
+            continuous batching; `docs/rollout.md` lists the models and options that always get a call for each attempt.
         > Parameters that control the two stages
 
         stage1_steps (`float`, *optional*, defaults to `0.5`):
@@ -150,8 +150,8 @@ class SCoReConfig(GRPOConfig):
     reuse_cache: bool = field(
         default=True,
         metadata={
-            "help": "Generate an attempt from the key-value cache of the one before, where transformers generates and the "
-            "model has full attention in all layers."
+            "help": "Generate all attempts in one call of `generate`, in which no token is read twice and no row waits for the "
+            "attempt of another one. False: a call for each attempt, which reads its whole context."
         },
     )
     stage1_steps: float = field(
