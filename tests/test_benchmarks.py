@@ -30,8 +30,21 @@ def test_update_beside_stock_and_beside_a_forward_for_each_attempt(run):
     out = run("update.py", "--models", "tiny", "--lengths", "8", "--ragged", "--micro_batches", "2", *SMALL)
     assert re.search(r"8 tokens, \d+% of the padded rows: time, ours / stock", out)
     assert re.search(r"8 tokens, .*: time, ours / a forward for each attempt", out)
+    assert re.search(r"8 tokens, .*: time, ours / that with the head of a GPU", out)
+    assert re.search(r"8 tokens, .*: time of the reference, ours / stock", out)
     memory = float(re.search(r"most memory, ours / stock +([\d.]+)", out)[1])
     assert memory < 1.05  # not a time: the same at every run
+
+
+def test_rollouts_in_one_call_and_in_two(run):
+    out = run("rollout.py", "--models", "tiny", "--lengths", "4", *SMALL)
+    assert re.search(r"4 tokens: one call / a call for each attempt +[\d.]+", out)
+
+
+def test_step_beside_a_plain_loop(run):
+    """It checks that both get attempts of the same lengths."""
+    out = run("peer.py", "--models", "tiny", "--lengths", "4", "--micro_batch", "2", *SMALL)
+    assert re.search(r"4 tokens: a step, ours / the plain loop +[\d.]+", out)
 
 
 @pytest.mark.parametrize(

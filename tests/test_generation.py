@@ -428,3 +428,19 @@ def test_a_seed_repeats_the_attempts_of_an_evaluation():
         for seed in (0, 0, 1)
     )
     assert one == same != other
+
+
+@pytest.mark.parametrize("reuse_cache", [True, False])
+def test_the_head_gets_no_slice(make_arithmetic_trainer, reuse_cache):
+    """A frozen head would be copied for each row of it, on a CPU."""
+    trainer = make_arithmetic_trainer(reuse_cache=reuse_cache, **LORA)
+    sampler = TransformersSampler(str(BASE_MODEL_PATH), reuse_cache=reuse_cache)
+    prompts, seen = trainer.eval_dataset["prompt"][:4], []
+    for model in (trainer.model, sampler.model):
+        model.get_output_embeddings().register_forward_hook(lambda _, args, output: seen.append(args[0]))
+    trainer.generate_attempts(prompts)
+    in_training = len(seen)
+    sampler.sample(prompts, [Arithmetic.correction_instruction], Decoding(max_completion_length=8), 0)
+    assert 0 < in_training < len(seen)
+    assert all(each.is_contiguous() for each in seen)
+    assert not trainer.model.get_output_embeddings()._forward_pre_hooks

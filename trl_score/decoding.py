@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from .fingerprints import base_of_adapter, hub_arguments
+from .generation import contiguous_head
 
 
 # Options in `generation_kwargs` that do not change the distribution that attempts are sampled from ..
@@ -112,7 +113,9 @@ def trainer_decoding(trainer, mode: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if not trainer.use_vllm:
-            stack.enter_context(neutral_generation(trainer.accelerator.unwrap_model(trainer.model)))
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            stack.enter_context(neutral_generation(model))
+            stack.enter_context(contiguous_head(model))
         if mode == "eval":
             holder, settings = _evaluation_settings(trainer)
             before = {name: getattr(holder, name) for name in settings}

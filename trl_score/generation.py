@@ -30,23 +30,12 @@ DROP_AT = 0.75  # share of the rows of a batch that still generate, at which the
 # Options that treat a token by what is before it. Others count from the start of the call (`min_new_tokens`) or hold something for
 # each of its rows (`repetition_penalty`).
 OPTIONS = {
-    *(
-        "max_new_tokens",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-    ),
-    *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
-    *("renormalize_logits", "remove_invalid_values", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
+    *("eta_cutoff", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias", "use_cache"),
+    *("renormalize_logits", "remove_invalid_values", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("disable_compile", "transformers_version"),
 }
-
-NEUTRAL = {"repetition_penalty": 1.0}  # TRL says so in each call
+NEUTRAL = {"repetition_penalty": 1.0, "num_beams": 1, "num_return_sequences": 1}
 
 
 def can_generate_all(model: PreTrainedModel | PeftModel, config: GenerationConfig) -> bool:
@@ -70,6 +59,26 @@ def can_generate_all(model: PreTrainedModel | PeftModel, config: GenerationConfi
         and {name for name, value in config.to_diff_dict().items() if value not in (None, NEUTRAL.get(name))}
         <= OPTIONS
     )
+
+
+@contextmanager
+def contiguous_head(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """
+    Within this context the language-model head gets a contiguous input. For the logits of the last position transformers hands it
+    a slice, and on a CPU PyTorch multiplies a slice by a frozen matrix (of a model under an adapter) as a batch: it copies the
+    matrix for each row, which takes `B * vocabulary * hidden` numbers and more time than all layers.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model that generates.
+    """
+    head = model.get_output_embeddings()
+    handle = head and head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
 
 
 @dataclass(eq=False)

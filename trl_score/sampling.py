@@ -32,7 +32,7 @@ from .decoding import (
     with_end_token,
 )
 from .fingerprints import hub_arguments
-from .generation import AllAttempts, can_generate_all
+from .generation import AllAttempts, can_generate_all, contiguous_head
 from .records import processes
 from .rollout import Bridge, Rollouts, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
 from .tasks.base import text_of
@@ -296,7 +296,12 @@ class TransformersSampler(TokenSampler):
         training = self.model.training
         self.model.eval()
         try:
-            with keep_random_state(), neutral_generation(self.model), torch.inference_mode():
+            with (
+                keep_random_state(),
+                neutral_generation(self.model),
+                contiguous_head(self.model),
+                torch.inference_mode(),
+            ):
                 torch.manual_seed(seed)
                 return self.model.generate(
                     input_ids=input_ids,

@@ -32,9 +32,9 @@ class SCoReConfig(GRPOConfig):
             These first attempts are graded but not trained. With 1 no first attempt is sampled, which is the paper's ablation
             (Section 6.3).
         reuse_cache (`bool`, *optional*, defaults to `True`):
-            Reuse the key-value cache of the previous attempt, so that only the new tokens of the context are processed. This
-            works when transformers generates (but not in its continuous batching), for models with full attention in all
-            layers, and without FSDP or ZeRO-3. In all other cases the option has no effect.
+            Generate all attempts in one call of `generate`, in which no token is read twice and no row waits for the attempt of
+            another one. False: a call for each attempt, which reads its whole context. For generation by transformers, not by its
+            continuous batching; `docs/rollout.md` lists the models and options that always get a call for each attempt.
         > Parameters that control the two stages
 
         stage1_steps (`float`, *optional*, defaults to `0.5`):
@@ -146,8 +146,8 @@ class SCoReConfig(GRPOConfig):
     reuse_cache: bool = field(
         default=True,
         metadata={
-            "help": "Reuse the key-value cache of the previous attempt. This works when transformers generates and the model "
-            "has full attention in all layers; otherwise the option has no effect."
+            "help": "Generate all attempts in one call of `generate`, in which no token is read twice and no row waits for the "
+            "attempt of another one. False: a call for each attempt, which reads its whole context."
         },
     )
     stage1_steps: float = field(

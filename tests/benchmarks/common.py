@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from itertools import islice, product
 from string import ascii_lowercase
@@ -113,6 +114,34 @@ def reward(completions, **kwargs) -> list[float]:
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def ragged_lengths(mean: int, rows: int, attempts: int, group: int = 8) -> list[list[int]]:
+    """
+    Tokens of each attempt of each rollout: log-normal, with about this mean and at most five times as many. Half of the variance
+    of the logarithm is that of the problem, which so many rollouts in a row share.
+    """
+    sigma = 0.8
+    problem = torch.randn(-(-rows // group), 1).repeat_interleave(group, 0)[:rows]
+    z = (problem + torch.randn(rows, attempts)) * 0.5**0.5
+    drawn = torch.exp(z * sigma - sigma**2 / 2) * mean
+    return drawn.round().clamp(1, 5 * mean).int().tolist()
+
+
+def cpu_seconds(function: Callable, check: Callable | None = None) -> float:
+    """
+    What a call takes: seconds on a GPU, else CPU seconds of this process, which other processes on a busy machine change
+    little. `check` gets the result afterwards.
+    """
+    synchronize()
+    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
+    started = clock()
+    result = function()
+    synchronize()
+    spent = clock() - started
+    if check is not None:
+        check(result)
+    return spent
 
 
 class Clock:

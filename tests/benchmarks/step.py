@@ -28,7 +28,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import DEVICE, SIZES, TURN, Clock, columns, header, line, problems, reward, save_model, synchronize, text
+from common import (
+    DEVICE,
+    SIZES,
+    TURN,
+    Clock,
+    columns,
+    header,
+    line,
+    model_config,
+    problems,
+    reward,
+    save_model,
+    synchronize,
+    text,
+)
 from matplotlib.figure import Figure
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
@@ -56,7 +70,7 @@ class Run(TrainerCallback):
                     type(model),
                     "generate",
                     "generate",
-                ),  # of the class: an instance's own would keep the cache from reuse
+                ),  # of the class: an instance's own would be taken for somebody else's
                 (model, "forward", "forward"),
                 (self.trainer.accelerator, "backward", "backward"),
                 (self.trainer.accelerator, "clip_grad_norm_", "optimizer"),
@@ -85,7 +99,7 @@ def make_trainer(folder: str, args: argparse.Namespace, stock: bool = False) -> 
         "per_device_train_batch_size": args.batch,
         "num_generations": generations,
         "max_completion_length": length,
-        "generation_kwargs": {"min_new_tokens": length},
+        "generation_kwargs": {"suppress_tokens": [model_config(args.model).eos_token_id]},
         "loss_type": "dr_grpo",
         "beta": 0.01,
         "learning_rate": 1e-6,

@@ -5,25 +5,38 @@ What an update costs beside stock GRPO on the same rows, and beside an update wi
 
 Loss and backward of an optimizer step on rollouts of two attempts by random models of 1M and 30M parameters, the three kinds in turn
 within one run. `--ragged` draws the lengths of the attempts from a log-normal distribution (the usual case), else all have the same
-length. Stock GRPO gets the rows as TRL makes them, padded to the longest of the generation. Medians of the ratios of neighbouring updates, with the smallest and the largest, and the ratio of
-the memory that an update takes at most beside what was there before. With one forward for each attempt the rows are `[x | y1]`
-and `[x | y1 | bridge | y2]`, and each is trained on its last attempt alone. `--help` shows the sizes.
+length. Stock GRPO gets the rows as TRL makes them, padded to the longest of the generation. With one forward for each attempt the rows
+are `[x | y1]` and `[x | y1 | bridge | y2]`, padded in the same way, and each is trained on its last attempt alone. On a CPU TRL's head
+scores every position; "with the head of a GPU" it scores labelled positions only, in both kinds that are compared. CPU seconds of this
+process, or seconds on a GPU. Medians of the ratios of neighbouring updates, with the smallest and the largest, and the ratio of the
+memory that an update takes at most beside what was there before. `--help` shows the sizes.
 """
 
 import argparse
 import tempfile
-import time
 from functools import partial
 
 import torch
-from common import DEVICE, SIZES, columns, header, line, problems, random_ids, reward, save_model, synchronize
+from common import (
+    DEVICE,
+    SIZES,
+    columns,
+    cpu_seconds,
+    header,
+    line,
+    problems,
+    ragged_lengths,
+    random_ids,
+    reward,
+    save_model,
+)
 from torch.profiler import ProfilerActivity, profile
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad, split_tensor_dict
 
 from trl_score import SCoReConfig, SCoReTrainer
 from trl_score.objective import kl_weights, spread_to_tokens, stage_one
-from trl_score.padding import by_length
+from trl_score.padding import ScoredTokens, by_length
 from trl_score.rollout import Rollouts
 
 
@@ -63,22 +76,13 @@ def rows(contexts: list, completions: list, vocabulary: int) -> dict[str, torch.
     return inputs
 
 
-def attempt_lengths(mean: int, number: int, ragged: bool) -> list[int]:
-    """Tokens of each attempt: all the mean, or log-normal with that mean and at most five times as many."""
-    if not ragged:
-        return [mean] * number
-    sigma = 0.9
-    drawn = torch.exp(torch.randn(number) * sigma - sigma**2 / 2) * mean
-    return drawn.round().clamp(1, 5 * mean).int().tolist()
-
-
 def make_updates(ours: SCoReTrainer, stock: GRPOTrainer, length: int, args: argparse.Namespace) -> dict:
     """For each kind of update the losses whose gradients it adds up, and the share of real tokens among those of the padded rows."""
     torch.manual_seed(length)
     vocabulary, number = ours.model.config.vocab_size, args.batch * args.micro_batches
     prompts, bridges = (random_ids(most, number, vocabulary) for most in (args.prompt, args.bridge))
-    lengths = iter(attempt_lengths(length, 2 * number, args.ragged))
-    attempts = [[torch.randint(1, vocabulary - 1, (next(lengths),)).tolist() for _ in range(2)] for _ in prompts]
+    lengths = ragged_lengths(length, number, 2) if args.ragged else [[length] * 2] * number
+    attempts = [[torch.randint(1, vocabulary - 1, (each,)).tolist() for each in row] for row in lengths]
     rollouts = Rollouts(prompts, attempts, [[bridge] for bridge in bridges])
 
     inputs = rows(prompts, rollouts.completion_ids, vocabulary)
@@ -104,21 +108,40 @@ def make_updates(ours: SCoReTrainer, stock: GRPOTrainer, length: int, args: argp
         "apart": [
             partial(loss, x) for k, each in enumerate(apart) for x in split(each | {"advantages": advantages[:, k]})
         ],
+        "apart as on a GPU": [
+            partial(
+                stock._compute_loss, ScoredTokens(stock.model, stock.model, torch.ones_like(x["completion_ids"])), x
+            )
+            for k, each in enumerate(apart)
+            for x in split(each | {"advantages": advantages[:, k]})
+        ],
     }
     masks = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    updates = {kind: (stock if kind != "ours" else ours, losses) for kind, losses in micro_batches.items()}
+    return updates, make_references(ours, stock, inputs | of_attempts, args), masks.float().mean().item()
+
+
+def make_references(ours: SCoReTrainer, stock: GRPOTrainer, inputs: dict, args: argparse.Namespace) -> dict:
+    """For each kind the log-probabilities of the rows under the reference."""
+    ids, mask = (
+        torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+    )
+    scored = ScoredTokens(ours.model, ours.model, inputs["attempt_ids"] > 0)
+    arguments = (ids, mask, inputs["completion_ids"].size(1), args.batch)
     return {
-        kind: (stock if kind != "ours" else ours, losses) for kind, losses in micro_batches.items()
-    }, masks.float().mean().item()
+        "ours": partial(ours._get_per_token_logps_and_entropies, scored, *arguments),
+        "stock": partial(stock._get_per_token_logps_and_entropies, stock.model, *arguments),
+    }
 
 
 def seconds(trainer: GRPOTrainer, losses: list) -> float:
     trainer.model.zero_grad()
-    synchronize()
-    started = time.perf_counter()
-    for loss in losses:
-        loss().backward()
-    synchronize()
-    return time.perf_counter() - started
+
+    def update():
+        for loss in losses:
+            loss().backward()
+
+    return cpu_seconds(update)
 
 
 def peak_bytes(trainer: GRPOTrainer, losses: list) -> int:
@@ -163,7 +186,7 @@ def main() -> None:
         )
         columns("ratios")
         for length in args.lengths:
-            updates, real = make_updates(ours, stock, length, args)
+            updates, references, real = make_updates(ours, stock, length, args)
             for update in updates.values():
                 seconds(*update)
             found = []
@@ -173,6 +196,16 @@ def main() -> None:
             what = f"{length:,} tokens, {real:.0%} of the padded rows: "
             line(f"{what}time, ours / stock", [each["ours"] / each["stock"] for each in found])
             line(f"{what}time, ours / a forward for each attempt", [each["ours"] / each["apart"] for each in found])
+            line(
+                f"{what}time, ours / that with the head of a GPU",
+                [each["ours"] / each["apart as on a GPU"] for each in found],
+            )
+            found = []
+            for repeat in range(args.repeats):
+                order = list(references) if repeat % 2 else list(references)[::-1]
+                with torch.no_grad():
+                    found.append({kind: cpu_seconds(references[kind]) for kind in order})
+            line(f"{what}time of the reference, ours / stock", [each["ours"] / each["stock"] for each in found])
             peaks = {kind: peak_bytes(*updates[kind]) for kind in ("ours", "stock")}
             line(f"{what}most memory, ours / stock", [peaks["ours"] / peaks["stock"]])
 
