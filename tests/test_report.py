@@ -6,10 +6,13 @@ import re
 import shutil
 import time
 
+import numpy as np
 import pytest
 
 from trl_score.records import Store
-from trl_score.report import find, write_report
+from trl_score.report import COLORS, find, training_figure, write_report
+from trl_score.report.figures import attempts_figure, figures, smoothed, stage_boundaries, style
+from trl_score.report.tables import paired_difference, statistics_rows
 
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
@@ -39,17 +42,25 @@ def save_evaluation(folder, model, verdicts, texts=None, **more):
     store.all_rollouts()
 
 
-def save_run(folder, steps=20):
+def save_run(folder, steps=20, stages=None, settings=None, planned=None):
     folder.mkdir(parents=True)
+    stages = stages or {step: 1 if step <= steps // 2 else 2 for step in range(1, steps + 1)}
     history = [
         {
-            "step": step, "stage": 1 if step <= steps // 2 else 2, "accuracy_t1": 0.5, "accuracy_t2": 0.5 + step / 100,
+            "step": step, "stage": stage, "accuracy_t1": 0.5, "accuracy_t2": 0.5 + step / 100,
             "delta_t1_t2": step / 100, "delta_i_to_c": step / 100, "delta_c_to_i": 0.0, "changed_ratio": None,
             "reward_t1": 0.5, "reward_t2": 0.6, "kl_t1": 0.0, "kl_t2": 0.1,
         }
-        for step in range(1, steps + 1)
+        for step, stage in stages.items()
     ]  # fmt: skip
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"eval_stage": 1}, *history]}))
+    state = {
+        "log_history": [{"eval_stage": 1}, *history],
+        "global_step": max(stages),
+        "max_steps": planned or max(stages),
+    }
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    if settings is not None:
+        (folder / "score_run.json").write_text(json.dumps({"settings": settings}))
 
 
 @pytest.fixture
@@ -123,15 +134,15 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    def open_page(path, width=1280):
-        page = browser.new_page(viewport={"width": width, "height": 800})
+    def open_page(path, width=1280, fragment="", **context):
+        page = browser.new_page(viewport={"width": width, "height": 800}, **context)
         page.faults = []
         page.on("console", lambda message: page.faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: page.faults.append(str(error)))
         page.on(
             "request", lambda request: page.faults.append(request.url) if not request.url.startswith("file:") else None
         )
-        page.goto(path.as_uri())
+        page.goto(path.as_uri() + fragment)
         return page
 
     return open_page
@@ -202,3 +213,244 @@ def test_a_folder_is_shown_once_and_collections_are_left_out(tmp_path):
     assert list(find([run / "evaluation", run]).evaluations) == ["base"]
     with pytest.raises(FileNotFoundError, match="holds no evaluation"):
         find([run / "rollouts-1"])
+
+
+# --- what is found, and how it is named ---
+
+
+def test_a_running_training_is_shown_from_its_last_whole_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    for step in (10, 20):
+        save_run(run / f"checkpoint-{step}", stages=dict.fromkeys(range(1, step + 1), 1), planned=90)
+    (run / "checkpoint-30").mkdir()
+    (run / "checkpoint-30" / "trainer_state.json").write_text('{"log_history": [')  # is being written
+    (run / "score_run.json").write_text(json.dumps({"settings": {"alpha": "10.0"}}))
+    for given in (run, tmp_path, run / "checkpoint-20"):
+        (found,) = find([given]).runs.values()
+        assert (found.step, found.max_steps, found.settings) == (20, 90, {"alpha": "10.0"})
+    assert find([tmp_path]).runs.keys() == {"run"}
+    ((title, text, _),) = figures(find([run])).values()
+    assert title == "Training: run, 20 of 90 steps" and "From step 1 to 20, accuracy: attempt 1 0.50 to 0.50" in text
+
+
+def test_an_evaluation_that_still_runs_says_how_far_it_is(tmp_path):
+    save_evaluation(tmp_path / "some", "me/base", [[False, True], [True, True]], num_problems=10)
+    assert "2 × 1 (2 of 10 so far)" in write_report([tmp_path], tmp_path / "report.html").read_text("utf-8")
+
+
+def test_evaluations_of_one_model_are_told_apart_by_what_differs(tmp_path):
+    verdicts = [[False, True], [True, True]]
+    for name, settings in {
+        "a": {"correction_instruction": "Check it."},
+        "b": {"correction_instruction": "Try again."},
+        "c": {"correction_instruction": "Try again.", "temperature": 0.7},
+    }.items():
+        save_evaluation(tmp_path / name, "me/base", verdicts, **settings)
+    save_evaluation(tmp_path / "d", "me/run/checkpoint-10", verdicts, correction_instruction="Check it.")
+    found = find([tmp_path])
+    assert list(found.evaluations) == [
+        "base, instruction A, greedy", "base, instruction B, greedy", "base, instruction B, temperature 0.7",
+        "run/checkpoint-10",
+    ]  # fmt: skip
+    assert found.instructions == {"A": "Check it.", "B": "Try again."}
+    text = re.sub(r"<[^>]+>", " ", write_report([tmp_path], tmp_path / "report.html").read_text("utf-8"))
+    assert re.search(r"correction instruction\s+A\s+B\s+B\s+A", text)
+    assert re.search(r"Correction instruction B\s+Try again\.", text)
+
+
+def test_an_evaluation_in_a_folder_named_like_a_checkpoint_is_shown(tmp_path):
+    save_evaluation(tmp_path / "checkpoint-10", "me/base", [[False, True]])
+    assert list(find([tmp_path]).evaluations) == ["base"]
+
+
+# --- figures ---
+
+
+def test_the_boundary_is_at_the_step_where_the_stage_changed():
+    """Logs every 10 steps and a Stage I of 24: the third log is the mean of 4 steps of Stage I and 6 of Stage II."""
+    logs = [{"step": step, "stage": stage} for step, stage in ((10, 1.0), (20, 1.0), (30, 1.6), (40, 2.0))]
+    assert stage_boundaries(logs) == [pytest.approx(24)]
+    assert stage_boundaries(logs[2:]) == [pytest.approx(12)]  # of a first log, the interval begins at step 0
+    assert stage_boundaries([{"step": 10, "stage": 1.0}, {"step": 20, "stage": 2.0}]) == [10]
+    assert stage_boundaries([{"step": 10, "stage": 2.0}, {"step": 20, "stage": 2.0}]) == []
+    cycles = [{"step": step, "stage": stage} for step, stage in ((10, 1.0), (20, 2.0), (30, 1.0), (40, 1.5))]
+    assert stage_boundaries(cycles) == [10, 20, 35]
+
+
+def test_curves_are_smoothed_within_a_stage_and_the_values_stay_behind():
+    steps, values = np.arange(1, 101), np.r_[np.zeros(50), np.ones(50)] + np.tile([0.1, -0.1], 50)
+    curve = smoothed(steps, values, [50])
+    assert curve[:50].max() < 0.05 and curve[50:].min() > 0.95  # no step leaks over the boundary
+    assert abs(curve[:45]).max() < 0.1 < abs(values[:45]).max() + 1e-9
+    assert np.isnan(smoothed([1, 2], np.array([np.nan, 1.0]))[0])
+    history = [
+        {"step": step, "stage": 1 if step <= 50 else 2, "accuracy_t1": value, "accuracy_t2": value, "reward_t1": value,
+         "reward_t2": value, "kl_t1": 0.0, "kl_t2": 0.0, "delta_t1_t2": 0.0, "delta_i_to_c": 0.0, "delta_c_to_i": 0.0}
+        for step, value in zip(steps.tolist(), values.tolist(), strict=True)
+    ]  # fmt: skip
+    raw, smooth = training_figure(history).axes[0].lines[:2]
+    assert np.allclose(raw.get_ydata(), values) and raw.get_alpha() < 1 and np.allclose(smooth.get_ydata(), curve)
+
+
+def test_forty_lines_look_different_and_every_evaluation_has_one(tmp_path):
+    looks = {(style(i)["color"], style(i)["linestyle"]) for i in range(40)}
+    assert len(looks) == 40 and len(set(COLORS)) == 10
+    for i in range(12):
+        save_evaluation(tmp_path / f"e{i:02}", f"me/model-{i:02}", [[False, True], [True, True]])
+    save_evaluation(tmp_path / "score", "me/my-score", [[False, True], [True, True]])
+    found = find([tmp_path])
+    figure = attempts_figure(found.evaluations, found.trained)
+    widths = {line.get_label(): line.get_linewidth() for line in figure.axes[0].lines}
+    assert len(widths) == 13 and widths.pop("my-score") > max(widths.values())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(found.evaluations)
+
+
+# --- statistics ---
+
+
+def test_the_difference_to_the_base_is_paired_by_problem(tmp_path):
+    """Both models are right at the same half of the problems but for one: the difference is far surer than either."""
+    easy = [[i % 2 == 0] * 2 for i in range(40)]
+    save_evaluation(tmp_path / "base", "me/base", easy)
+    save_evaluation(tmp_path / "other", "me/other", [[False, True], [False, True], *easy[2:30]])  # 30 of the problems
+    base, other = find([tmp_path / "base", tmp_path / "other"]).evaluations.values()
+    found, number = paired_difference(base, other)
+    assert number == 30
+    assert found["accuracy_t2"]["value"] == pytest.approx(1 / 30) and found["accuracy_t1"]["value"] == pytest.approx(
+        -1 / 30
+    )
+    assert found["delta_t1_t2"]["value"] == pytest.approx(2 / 30)
+    width = found["accuracy_t2"]["high"] - found["accuracy_t2"]["low"]
+    alone = other.summary["metrics"]["accuracy_t2"]
+    assert width < 0.4 * (alone["high"] - alone["low"])
+    text = re.sub(r"<[^>]+>", " ", write_report([tmp_path], tmp_path / "report.html").read_text("utf-8"))
+    assert re.search(r"Difference to base.*Accuracy@t2\s+\+3\.3\s+\[0\.0, 10\.0\]", text, re.S)
+
+
+def test_statistics_have_pass_at_k_clusters_and_the_power(tmp_path):
+    save_evaluation(tmp_path / "one", "me/one", [[i % 3 == 0, i % 2 == 0] for i in range(60)])
+    evaluations = find([tmp_path / "one"]).evaluations
+    for row in evaluations["one"].rollouts:  # a second sample of each problem
+        row["sample"] = 0
+    evaluations["one"].rollouts += [
+        row | {"sample": 1, "correct": [True, True]} for row in evaluations["one"].rollouts
+    ]
+    evaluations["one"].settings["num_samples"] = 2
+    rows = {row.label: row.cells[0][0] for row in statistics_rows(evaluations)}
+    assert rows["pass@1, attempt 1"] == "66.7" and rows["pass@2, attempt 1"] == "100.0"
+    assert rows["standard error of Accuracy@t2, by level"].endswith("(3 clusters)")
+    assert (
+        "smallest Δ(t1,t2) that is found" in rows
+        and int(rows["problems to find Δ(t1,t2) of 1"].replace(",", "")) > 1000
+    )
+
+
+# --- the page, in a browser ---
+
+AXE = os.environ.get("AXE")  # path of axe.min.js, of the package axe-core of npm
+MATHEMATICS = (
+    "The half of $\\frac{3}{4}$ is \\(x^2\\), so \\[\\boxed{\\sqrt{5}}\\] It costs $5 or $6. $\\undefinedcommand{2}$ "
+    "$\\text{<img src=x onerror=document.title='owned'>}$ $\\href{javascript:document.title='owned'}{y}$"
+)
+
+
+@pytest.fixture
+def whole(folders, tmp_path):
+    """A page with everything: two evaluations, a run with settings, a study, mathematics."""
+    save_run(
+        tmp_path / "trained",
+        settings={"alpha (bonus), gamma (discount)": "10.0, 0.0", "seed": "42", "date": "2026-01-02"},
+    )
+    save_evaluation(
+        tmp_path / "maths", "me/maths", [[False, True]] * 30, {0: [MATHEMATICS, MATHEMATICS.replace("5", "7")]}
+    )
+    return write_report([*folders, tmp_path / "trained", tmp_path / "maths"], tmp_path / "report.html")
+
+
+def test_settings_of_the_training_are_in_the_page(whole):
+    text = re.sub(r"<[^>]+>", " ", whole.read_text("utf-8"))
+    assert re.search(r"alpha \(bonus\), gamma \(discount\)\s+10\.0, 0\.0", text) and re.search(
+        r"date\s+2026-01-02", text
+    )
+
+
+def test_the_same_problem_stands_side_by_side_and_is_linked_to(whole, open_page):
+    page = open_page(whole)
+    page.select_option("#compare", label="score")
+    cards = page.locator(".rollout")
+    assert cards.count() == 4 and page.locator(".rollout >> nth=1 >> .model").all_inner_texts() == [
+        "base: i→i",
+        "score: i→c",
+    ]
+    page.select_option("#there", "c→i")
+    assert cards.count() == 0
+    page.select_option("#there", "i→c")
+    page.select_option("#transition", "c→i")
+    assert cards.count() == 1 and "problem number 0" in cards.inner_text()
+    linked = open_page(whole, fragment=page.locator(".rollout a").get_attribute("href"))
+    assert linked.evaluate("document.activeElement.dataset.id") == "0"
+    assert linked.locator(".rollout >> nth=0 >> .model").all_inner_texts()[1] == "score: i→c"
+    later = open_page(whole, fragment="#e=maths&r=29", width=390)
+    assert later.locator(".rollout").count() == 6 and "page 4 of 4" in later.inner_text(
+        "#where"
+    )  # 8 to a page on a phone
+    assert later.evaluate("document.activeElement.dataset.id") == "29"
+    missing = open_page(whole, fragment="#e=maths&r=99")
+    assert "There is no problem 99 here" in missing.inner_text("#where") and missing.locator(".rollout").count() == 25
+    assert page.faults == linked.faults == later.faults == missing.faults == []
+
+
+def test_the_keyboard_moves_between_rollouts(whole, open_page):
+    page = open_page(whole, fragment="#e=maths&r=0")
+    page.keyboard.press("j")
+    assert page.evaluate("document.activeElement.dataset.id") == "1"
+    page.keyboard.press("k")
+    assert page.evaluate("document.activeElement.dataset.id") == "0"
+
+
+def test_mathematics_is_rendered_and_only_mathematics(whole, open_page):
+    page = open_page(whole, fragment="#e=maths&r=0")
+    first = page.locator(".attempt").first
+    assert (
+        first.locator("math").count() == 4
+        and first.locator("mfrac").count() == 1
+        and first.locator("msqrt").count() == 1
+    )
+    assert "It costs $5 or $6." in first.inner_text() and "$\\undefinedcommand{2}$" in first.inner_text()
+    assert page.locator(".attempt >> nth=1 >> ins").count() >= 1
+    assert (
+        page.locator(".attempt img, .attempt a, .attempt script").count() == 0
+        and page.title() == "Self-correction report"
+    )
+    page.uncheck("#mathematics")
+    assert page.locator("#list math").count() == 0 and "$\\frac{3}{4}$" in first.inner_text()
+    assert page.faults == []
+
+
+def test_on_a_phone_the_first_column_stays(whole, open_page):
+    page = open_page(whole, width=390)
+    place = lambda: page.locator("#metrics tbody th").first.bounding_box()["x"]  # noqa: E731
+    before = place()
+    page.locator("#results .scroll").first.evaluate("element => element.scrollLeft = 150")
+    assert (
+        page.locator("#results .scroll").first.evaluate("element => element.scrollLeft") == 150 and place() == before
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 820, 390])
+def test_the_page_is_accessible(whole, open_page, width, scheme):
+    """By axe, in both color schemes and at the widths of a desk, a tablet and a phone."""
+    if AXE is None:
+        pytest.skip("AXE does not name axe.min.js")
+    page = open_page(whole, width=width, color_scheme=scheme, bypass_csp=True)
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    page.select_option("#compare", "all")
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    page.evaluate(open(AXE, encoding="utf-8").read())
+    violations = page.evaluate(
+        "axe.run().then(result => result.violations.map(each => [each.id, each.nodes[0].html]))"
+    )
+    assert violations == [] and page.evaluate("document.documentElement.scrollWidth") == width

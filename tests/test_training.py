@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written_is_blamed(tmp_path, monkeypatch):
         == f"`output_dir='{tmp_path}/file/run'` is no folder: '{tmp_path}/file' is a file. Give another one."
     )
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(PermissionError, match="cannot be written: '.*' does not allow it. Give another folder"):
+    with pytest.raises(PermissionError, match=r"cannot be written: '.*' does not allow it. Give another folder"):
         check_folder(tmp_path / "new" / "run")
 
 

@@ -179,7 +179,13 @@ def report(arguments: list[str]) -> str:
     parser.add_argument(
         "folders", nargs="+", metavar="DIR", help="Folder of an evaluation, training run or scaling study."
     )
-    parser.add_argument("--output", default="report.html", help="The page. (default: %(default)s)")
+    parser.add_argument(
+        "--format",
+        choices=["html", "inspect"],
+        default="html",
+        help="A page, or a folder of logs for Inspect's viewer, one of each evaluation. (default: %(default)s)",
+    )
+    parser.add_argument("--output", help="The page or the folder. (default: report.html, or inspect_logs)")
     parser.add_argument("--figures", metavar="DIR", help="Write the figures there as PNG and SVG too.")
     parser.add_argument(
         "--max_rollouts",
@@ -188,9 +194,16 @@ def report(arguments: list[str]) -> str:
         help="Rollouts of each evaluation in the browser. (default: %(default)s)",
     )
     args = parser.parse_args(arguments)
+    if args.format == "inspect":
+        from .report.inspect_logs import write_inspect_logs
+
+        output = args.output or "inspect_logs"
+        number = len(write_inspect_logs(args.folders, output))
+        return f"{number} logs. Open them with: inspect view --log-dir {output}"
     from .report import write_report
 
-    page = write_report(args.folders, args.output, figure_dir=args.figures, max_rollouts=args.max_rollouts)
+    output = args.output or "report.html"
+    page = write_report(args.folders, output, figure_dir=args.figures, max_rollouts=args.max_rollouts)
     return f"Report: {page.resolve()}"
 
 

@@ -46,7 +46,7 @@ def browser_data(found: Found, limit: int) -> dict:
                     "attempts": row["attempts"],
                     "feedback": row.get("feedback", []),
                     "correct": row["correct"],
-                    "transition": _transition(row),
+                    "transition": transition(row),
                     "level": str(row["level"]) if row.get("level") is not None else "",
                     "id": f"{row['index']}" + (f".{row['sample']}" if evaluation.summary["num_samples"] > 1 else ""),
                 }
@@ -57,7 +57,8 @@ def browser_data(found: Found, limit: int) -> dict:
     return {"problems": [text for _, text in problems], "evaluations": evaluations}
 
 
-def _transition(row: dict) -> str:
+def transition(row: dict) -> str:
+    """The first and the last attempt, right (c) or wrong (i); "?" if one was not graded."""
     if None in row["correct"]:
         return "?"
     return "→".join("c" if right else "i" for right in (row["correct"][0], row["correct"][-1]))
