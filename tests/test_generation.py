@@ -182,10 +182,23 @@ def test_attempts_are_those_of_a_call_for_each(model, how):
 
 
 def test_no_token_is_read_twice_and_no_row_waits_for_another(model):
-    """After the prompts each forward reads one column. There are as many as the longest rollout has tokens."""
+    """After the prompts the forwards read as many columns as the longest rollout has tokens, but for the last one."""
     rollouts, forwards = together(model)
-    assert forwards.columns == [max(map(len, rollouts.prompt_ids))] + [1] * (len(forwards.columns) - 1)
-    assert len(forwards.columns) == max(map(len, rollouts.completion_ids))
+    assert sum(forwards.columns) == max(map(len, rollouts.prompt_ids)) + max(map(len, rollouts.completion_ids)) - 1
+    assert set(forwards.columns[1:]) == {1}  # no step finds all seven rows in a bridge
+
+
+def test_a_bridge_that_all_rows_are_in_is_read_at_once(model):
+    """One row is all rows. The state of a recurrent layer takes one token at a time."""
+    rollouts, forwards = together(model, rows=1)
+    columns = [len(rollouts.prompt_ids[0])]
+    for attempt, bridge in zip(rollouts.attempts[0], [*rollouts.bridges[0], []], strict=True):
+        columns += [1] * len(attempt) + [len(bridge)]
+    if getattr(model.config, "model_type", "") in ("mamba", "qwen3_next"):
+        columns = [columns[0]] + [1] * sum(columns[1:])
+        assert forwards.columns == columns[:-1]
+    else:
+        assert forwards.columns == columns[:-2]
 
 
 def test_rows_that_have_ended_are_dropped(model):
@@ -236,7 +249,10 @@ def test_stored_first_attempts_are_part_of_the_context(model):
     assert [row[0] for row, ids in zip(rollouts.attempts, first, strict=True) if ids is not None] == [
         ids for ids in first if ids is not None
     ]
-    assert forwards.columns[1:] == [1] * (len(forwards.columns) - 1)
+    read = [sum(map(len, row)) for row in rollouts.attempts]
+    read = [n + sum(map(len, row)) for n, row in zip(read, rollouts.bridges, strict=True)]
+    before = [0 if ids is None else len(ids) + len(row[0]) for ids, row in zip(first, rollouts.bridges, strict=True)]
+    assert sum(forwards.columns[1:]) == max(n - known for n, known in zip(read, before, strict=True)) - 1
     assert not any(k == 0 and first[row] is not None for row, k, _ in forwards.logits)
     greedy = one_by_one(model, first=first)
     for row, ids in enumerate(first):
@@ -377,7 +393,8 @@ def test_training_generates_once_for_all_attempts(options, make_arithmetic_train
     trainer.train()
     trainer.evaluate()
     assert [rows for rows, _, _ in calls] == [8, 8, 8, 8, 4]  # two steps, 20 problems
-    assert all(columns == [context] + [1] * (len(columns) - 1) for _, context, columns in calls)
+    # No context is read again: a forward reads one token, or a bridge that all rows are in.
+    assert all(columns[0] == context and max(columns[1:]) < context for _, context, columns in calls)
     assert "generate" not in vars(trainer.model)
 
 
@@ -402,7 +419,7 @@ def test_stored_first_attempts_are_read_in_the_same_call(make_arithmetic_trainer
         offline_first_attempts=0.5, num_attempts=3, max_steps=1, trainer={"train_dataset": rows}
     )
     trainer.train()
-    assert [rows for rows, _, _ in calls] == [8] and set(calls[0][2][1:]) == {1}
+    assert [rows for rows, _, _ in calls] == [8] and max(calls[0][2][1:]) < calls[0][1]
     texts = [trainer._tokenizer.decode(row[0]) for row in trainer._batch.rollouts.attempts]
     stored = [ids is not None for ids in trainer._batch.stored]
     assert stored == [False, False, True, True] * 2

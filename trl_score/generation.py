@@ -2,7 +2,8 @@ r"""
 All attempts of a batch in one `generate` of transformers.
 
 A row whose attempt has ended reads its bridge, one token in each decoding step, and continues with its next attempt while other rows
-are still in the attempt before. No row waits for the longest attempt of another one, and nothing is read twice:
+are still in the attempt before. No row waits for the longest attempt of another one, and nothing is read twice. While all rows are in a
+bridge, a step reads several tokens:
 
     step    1 2 3 4 5 6 7 8 9
     row 1   y y p p p y y y y       y: sampled tokens of attempts, p: tokens of the bridge
@@ -22,6 +23,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .rollout import Rollouts
 
@@ -186,8 +188,9 @@ class AllAttempts:
                 input_ids, next_sequence_length=step, is_first_iteration=input_ids is contexts, **model_kwargs
             )
             outputs = model(**inputs, return_dict=True)
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            step = 1 if model_kwargs.get("use_cache") else None
+            number = self._num_read(model_kwargs)
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=number)
+            step = number if model_kwargs.get("use_cache") else None
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)  # (B, V)
             del outputs
             scores = logits_processor(input_ids, logits)
@@ -195,23 +198,37 @@ class AllAttempts:
                 sampled = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
             else:
                 sampled = scores.argmax(-1)
-            read = [self._next(row, token) for row, token in zip(self.rows, sampled.tolist(), strict=True)]
-            input_ids = torch.cat([input_ids, input_ids.new_tensor(read).unsqueeze(1)], dim=1)
+            read = [self._next(row, token, number) for row, token in zip(self.rows, sampled.tolist(), strict=True)]
+            input_ids = torch.cat([input_ids, input_ids.new_tensor(read)], dim=1)
             input_ids = self._drop_ended(input_ids, model_kwargs)
         known = [len(ids) - len(prompt) for ids, prompt in zip(self.contexts, self.prompt_ids, strict=True)]
         generated = [torch.tensor(ids[n:]) for ids, n in zip(self.rollouts.completion_ids, known, strict=True)]
         padding = generation_config.pad_token_id or 0
         return torch.cat([contexts, pad_sequence(generated, True, padding).to(contexts)], dim=1)
 
-    def _next(self, row: Row, sampled: int) -> int:
-        """The token that the model reads next in a row."""
+    def _num_read(self, model_kwargs: dict) -> int:
+        """
+        How many tokens of each row the model reads next: 1, or more while all rows are in a bridge. So short attempts that end
+        together, as those that are cut off do, cost one forward pass for their bridges and not one for each of the tokens.
+        """
+        caches = [each for each in model_kwargs.values() if isinstance(each, Cache)]
+        layers = [layer for cache in caches for layer in getattr(cache, "layers", [None])]
+        # The state of a recurrent layer takes one token at a time.
+        is_recurrent = not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+        if is_recurrent or (model_kwargs.get("use_cache") and not caches):
+            return 1
+        unread = [len(row.unread) for row in self.rows if not row.ended]  # none while other processes are not done
+        return max(min(unread, default=1), 1)
+
+    def _next(self, row: Row, sampled: int, number: int) -> list[int]:
+        """The `number` tokens that the model reads next in a row."""
         if row.unread:
-            return row.unread.popleft()
+            return [row.unread.popleft() for _ in range(number)]
         if not row.ended:
             row.attempts[-1].append(sampled)
             if sampled in self.eos_token_ids or len(row.attempts[-1]) == self._limit:
                 self._end_attempt(row)
-        return sampled
+        return [sampled] * number
 
     def _end_attempt(self, row: Row):
         number = len(row.attempts)
