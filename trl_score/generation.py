@@ -9,11 +9,11 @@ bridge, a step reads several tokens:
     row 1   y y p p p y y y y       y: sampled tokens of attempts, p: tokens of the bridge
     row 2   y y y y y p p p y ..
 
-Rows that have ended all attempts are dropped from the batch as it empties.
+A row that has ended all attempts leaves the batch.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .rollout import Rollouts
 
 
-DROP_AT = 0.75  # share of the rows of a batch that still generate, at which the others are dropped
 # Options that treat a token by what is before it. Others count from the start of the call (`min_new_tokens`) or hold something for
 # each of its rows (`repetition_penalty`).
 OPTIONS = {
@@ -75,12 +74,14 @@ def contiguous_head(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             The model that generates.
     """
     head = model.get_output_embeddings()
-    handle = head and head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
     try:
         yield
     finally:
-        if handle:
-            handle.remove()
+        handle.remove()
 
 
 @dataclass(eq=False)
@@ -136,7 +137,7 @@ class AllAttempts:
         self,
         prompt_ids: list[list[int]],
         bridge: Callable[[int, int, list[int]], list[int]],
-        eos_token_ids,
+        eos_token_ids: Collection[int],
         num_attempts: int = 2,
         stored: list[list[int] | None] | None = None,
         synced: bool = False,
@@ -156,6 +157,10 @@ class AllAttempts:
         """What has been generated so far."""
         rows = self._all_rows
         return Rollouts(self.prompt_ids, [row.attempts for row in rows], [row.bridges for row in rows])
+
+    @property
+    def ended(self) -> bool:
+        return all(row.ended for row in self.rows)
 
     @contextmanager
     def instead_of_generate(self, model: PreTrainedModel | PeftModel) -> Iterator[None]:
@@ -183,7 +188,10 @@ class AllAttempts:
         """
         contexts, step = input_ids, None
         self._limit = generation_config.max_new_tokens
-        while model._has_unfinished_sequences(all(row.ended for row in self.rows), self.synced, input_ids.device):
+        while model._has_unfinished_sequences(self.ended, self.synced, input_ids.device):
+            if self.ended:  # a forward for the other processes
+                model(input_ids=contexts[:1, :1])
+                continue
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=step, is_first_iteration=input_ids is contexts, **model_kwargs
             )
@@ -240,12 +248,12 @@ class AllAttempts:
         row.attempts.append([])
 
     def _drop_ended(self, input_ids: Tensor, model_kwargs: dict) -> Tensor:
-        """The tokens without rows that have ended, if there are enough of them. `model_kwargs` are changed in place."""
+        """The tokens of the rows that have not ended. `model_kwargs` are changed in place."""
         kept = [place for place, row in enumerate(self.rows) if not row.ended]
         caches = [each for each in model_kwargs.values() if isinstance(each, Cache)]
         of_rows = {name: each for name, each in model_kwargs.items() if isinstance(each, Tensor)}
         if (
-            not 0 < len(kept) <= DROP_AT * len(self.rows)
+            not 0 < len(kept) < len(self.rows)
             or list(map(type, caches)) != [DynamicCache]
             or any(each.dim() != 2 for each in of_rows.values())
         ):
