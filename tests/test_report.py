@@ -32,7 +32,7 @@ def save_evaluation(folder, model, verdicts, texts=None, **more):
             {
                 "index": i, "sample": 0, "prompt": [{"role": "user", "content": f"problem number {i}"}], "correct": row,
                 "attempts": (texts or {}).get(i, [f"first line of {i}\nanswer one", f"first line of {i}\nanswer two"]),
-                "rewards": [float(right) for right in row], "answers": ["a", "b"], "changed_answer": True,
+                "rewards": [None if right is None else float(right) for right in row], "answers": ["a", "b"], "changed_answer": True,
                 "edit_distance_ratio": [0.1], "num_tokens": [4, 5], "truncated": [False, True], "level": 1 + i % 3,
                 **({"feedback": [f"feedback of {i} {HOSTILE}"]} if more.get("self_refine") else {}),
             }

@@ -258,5 +258,5 @@ def grade(task: Task, rows: Dataset, texts: list[list[str]]) -> Iterator[dict]:
             "answers": answers[i],
             "edit_distance_ratio": [edit_distance_ratio(one, other) for one, other in pairwise(attempts)],
             "changed_answer": not same[first, last] if first and last else first != last,
-            **({"level": other[i]["level"]} if other[i].get("level") is not None else {}),
+            **{name: other[i][name] for name in ("level", "subject") if other[i].get(name) is not None},
         }

@@ -51,16 +51,16 @@ def write_inspect_logs(folders: list[str | Path], output_dir: str | Path) -> lis
 
 def inspect_log(name: str, evaluation: Evaluation):
     """An evaluation as an `inspect_ai.log.EvalLog`."""
-    from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalResults, EvalSpec
+    from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalResults, EvalSpec, EvalStats
     from inspect_ai.model import GenerateConfig
 
     settings, summary = evaluation.settings, evaluation.summary
     planned = settings.get("num_problems", summary["num_problems"]) * settings["num_samples"]
-    done = len(evaluation.rollouts)
+    done, now = len(evaluation.rollouts), datetime.now(UTC).isoformat(timespec="seconds")
     return EvalLog(
         status="success" if done >= planned else "cancelled",
         eval=EvalSpec(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=now,
             task=settings["task"],
             task_display_name=name,
             dataset=EvalDataset(name=settings["task"], location=settings["split"], samples=summary["num_problems"]),
@@ -78,6 +78,7 @@ def inspect_log(name: str, evaluation: Evaluation):
                 for key in ("split", "num_attempts", "correction_instruction", "self_refine", "weights", "backend")
             },
         ),
+        stats=EvalStats(started_at=now, completed_at=now),
         results=EvalResults(total_samples=planned, completed_samples=done, scores=_results(evaluation)),
         samples=[_sample(row, settings) for row in evaluation.rollouts],
     )
