@@ -19,7 +19,7 @@ def get_task(name: str, **kwargs) -> Task:
         name (`str`):
             A key of `TASKS`.
         **kwargs:
-            Arguments of its class, such as `data_dir`; those that are `None` are left to the class.
+            Arguments of its class, such as `data_dir`. An argument that is `None` keeps the default of the class.
 
     Raises:
         `ValueError`: If there is no such task, or it has no data to read.
