@@ -1,12 +1,12 @@
 """
-Helper processes that do work which may hang, crash or eat memory: grading.
+Helper processes for work that may hang, crash or eat memory: grading.
 
-A worker is an ordinary program, started once and given one job at a time. It is no fork of the trainer (which holds
-threads and a GPU) and, unlike `multiprocessing`'s, it does not import the user's script. One that dies or overruns is
-replaced, and its job ends as lost: no job can stop the others.
+A worker is an ordinary program that is started once and gets one job at a time. It is not a fork of the trainer, which holds
+threads and a GPU. Unlike a worker of `multiprocessing`, it does not import the user's script. A worker that dies or takes too
+long is replaced, and its job is lost, so no job can stop the others.
 
-The protocol, which a worker serves by [`serve`] or in its own way: the pool sends one byte together with the descriptor
-of a file in memory that holds the job; the worker puts its result in the same file and sends a line, which may be empty.
+In the protocol, the pool sends one byte together with the descriptor of a file in memory that holds the job. The worker puts its
+result in the same file and sends a line, which may be empty. [`serve`] does the worker's part.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ NO_DESCRIPTORS = (
 @dataclass(frozen=True)
 class Outcome:
     """
-    What became of a job: its `result`, `None` if the worker left none, and the `message` it ended with. `lost` is empty,
-    or says why the worker had to be replaced.
+    The end of a job: its `result` (`None` if the worker left none) and the `message` that the worker sent. If the worker had to
+    be replaced, `lost` says why; otherwise it is empty.
     """
 
     result: bytes | None = None
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def job_file(job: bytes) -> int:
-    """A nameless file in memory that holds a job; the descriptor is the caller's to close."""
+    """Write a job to a nameless file in memory. The caller closes the descriptor."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("job", os.MFD_CLOEXEC)
     else:
@@ -62,7 +62,7 @@ def job_file(job: bytes) -> int:
 
 
 def read_job(file: int) -> bytes:
-    """In the worker: the job in its file."""
+    """Read a job from its file. Called in the worker."""
     size = HEADER.unpack(os.pread(file, HEADER.size, 0))[1]
     job = bytearray()
     while len(job) < size:
@@ -71,7 +71,7 @@ def read_job(file: int) -> bytes:
 
 
 def write_result(file: int, result: bytes) -> None:
-    """In the worker: put the result (at most `MAX_RESULT` bytes) into the job's file, its length last."""
+    """Write the result (at most `MAX_RESULT` bytes) to the job's file, its length last. Called in the worker."""
     os.pwrite(file, result, HEADER.size)
     os.pwrite(file, HEADER.pack(len(result), 0), 0)
 
@@ -82,7 +82,7 @@ def read_result(file: int) -> bytes | None:
 
 
 def serve(channel: socket.socket, handle: Callable[[bytes], bytes]) -> None:
-    """In a worker that does its jobs itself: say that it is ready, then do one job after the other until the pool goes."""
+    """Report that the worker is ready, then do one job after the other until the pool closes the channel. Called in the worker."""
     channel.sendall(b"ready\n")
     while True:
         _, files, _, _ = socket.recv_fds(channel, 1, 1)
@@ -148,7 +148,7 @@ class Worker:
         return outcome
 
     def end(self) -> None:
-        """An idle worker goes by itself when its channel closes; one that has a job is killed."""
+        """Close the channel, which ends an idle worker. A worker with a job is killed."""
         busy = self.file is not None
         if busy:
             self.finish()
@@ -177,7 +177,7 @@ class WorkerPool:
         env (`dict[str, str]`):
             The whole environment of a worker. Nothing is inherited.
         num_workers (`int`, *optional*):
-            Defaults to the usable CPU cores, shared out among the processes that `accelerate` runs on this machine.
+            Defaults to the usable CPU cores, divided among the processes that `accelerate` runs on this machine.
     """
 
     def __init__(self, command: Sequence[str], env: dict[str, str], num_workers: int | None = None):
@@ -204,7 +204,7 @@ class WorkerPool:
             _end_all(self._workers)
 
     def _staff(self, num_workers: int) -> None:
-        """Have that many workers, all idle and ready."""
+        """Start workers until there are `num_workers`, all idle and ready."""
         for worker in [worker for worker in self._workers if worker.process.poll() is not None]:
             self._workers.remove(worker)
             worker.end()

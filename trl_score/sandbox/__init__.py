@@ -1,4 +1,4 @@
-"""Runs Python programs that nobody has read, and says whether they pass their tests."""
+"""Runs Python programs that nobody has read, and decides whether they pass their tests."""
 
 import json
 import logging
@@ -49,8 +49,8 @@ class Submission:
             Python source that raises if the program is wrong, and passes if it runs to its end. Test cases of `unittest`
             and functions `test_..` that it defines and does not run are run after it.
         entry_points (`tuple[str, ...]`, *optional*):
-            The names that the tests get from the program, and no others. By default, the names that the tests use and do
-            not define, without those of builtins, modules and libraries: name them where a program may try to cheat.
+            The only names that the tests get from the program. By default, these are the names that the tests use and do not
+            define, except names of builtins, modules and libraries. Give them if a program may try to cheat.
         mutable_arguments (`bool`, *optional*, defaults to `False`):
             Whether changes that the program makes to a list, dict, set or bytearray passed to it reach the tests.
     """
@@ -72,7 +72,7 @@ class Verdict:
         reason (`str`):
             `"passed"`, or why not, in one line.
         unsupported (`str`, *optional*, defaults to `""`):
-            What the tests do that the sandbox does not do as a plain run would. Where it is not empty, the program may be
+            The thing in the tests that the sandbox does not do as a plain run would. If it is not empty, the program may be
             right although it did not pass (docs/sandbox.md).
     """
 
@@ -86,11 +86,11 @@ class Sandbox:
     Runs programs against their tests, each in processes of its own.
 
     The program runs in one process and the tests in another, so that the program can neither see the expected values nor
-    decide what equality means: plain data is rebuilt as builtin types, and objects of the program are asked over a channel
+    decide what equality means. Plain data is rebuilt as builtin types, and objects of the program are asked over a channel
     that no expected value crosses. Only the process with the tests can report a pass: it writes the verdict to a file that
     the program's process cannot access. docs/sandbox.md has a table of what tests may do with a program's objects.
 
-    What a program is kept from, on Linux (x86_64; aarch64 by the same tables, not tried):
+    Each backend prevents the following on Linux (x86_64; the same tables for aarch64 were not tried):
 
     | | `"namespaces"` | `"landlock"` | `"seccomp"` | `"none"` |
     |---|---|---|---|---|
@@ -101,11 +101,11 @@ class Sandbox:
 
     (1) A process that leaves the program's session may live on.
 
-    Not covered by any: other programs' use of the machine (a program may use a whole core until its limit), covert timing
-    channels between programs that run at the same time, faults of the processor. For programs written by an adversary
-    with time on their hands, use a virtual machine as well.
+    No backend covers these: load on the machine (a program may use a whole core until its limit), covert timing channels
+    between programs that run at the same time, and faults of the processor. For programs of a patient adversary, use a virtual
+    machine as well.
 
-    A program can import the standard library, but start no process and open no file. What it prints is thrown away.
+    A program can import the standard library. It cannot start a process or open a file, and its output is thrown away.
 
     Args:
         backend (`str`, *optional*, defaults to `"auto"`):
@@ -121,9 +121,10 @@ class Sandbox:
         packages (`Sequence[str]`, *optional*):
             Packages of this environment that programs may import, such as `"numpy"`.
         num_workers (`int`, *optional*):
-            Programs to run at a time. Defaults to the usable CPU cores, shared out among the processes of `accelerate`.
+            Programs to run at a time. Defaults to the usable CPU cores, divided among the processes of `accelerate`.
         allow_code_execution (`bool`, *optional*):
-            Consent. By default, that of `evaluate`: the environment variable `HF_ALLOW_CODE_EVAL=1`.
+            Consent to run the programs. By default, it is given by the environment variable `HF_ALLOW_CODE_EVAL=1`, as in
+            `evaluate`.
 
     Raises:
         `PermissionError`: Without consent.

@@ -202,7 +202,7 @@ class UnitTests:
 
 
 def call_tests(tests: types.ModuleType, uncalled: list[str], peer: channel.Peer) -> None:
-    """As pytest does: functions `test..`, and those of classes `Test..`, each on an instance of its own."""
+    """Run tests as pytest does: functions `test..`, and methods `test..` of classes `Test..`, each on a new instance."""
     for name in uncalled:
         test = vars(tests).get(name)
         for member in (
@@ -283,7 +283,7 @@ def verdict(peer: channel.Peer, failure: str, doubts: str) -> dict:
 
 
 def fault_of_tests(error: BaseException, source: str, wanted: list[str]) -> str:
-    """What the tests use that is not there, where that is not the program's to define."""
+    """The names that the tests use, nothing defines, and the program does not have to define."""
     step = error.__traceback__
     while step.tb_next is not None:
         step = step.tb_next

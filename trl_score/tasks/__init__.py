@@ -26,7 +26,7 @@ def get_task(name: str, **kwargs) -> Task:
             A key of `TASKS`; `reasoning_gym:GENERATOR` ([`~trl_score.tasks.reasoning_gym.ReasoningGym`]); or a class of one's own,
             as `FILE.py:CLASS` or `PACKAGE.MODULE:CLASS`.
         **kwargs:
-            Arguments of its class, such as `data_dir`; those that are `None` are left to the class.
+            Arguments of its class, such as `data_dir`. An argument that is `None` keeps the default of the class.
 
     Raises:
         `ValueError`: If there is no such task, it is no [`Task`], or it does not take the arguments.

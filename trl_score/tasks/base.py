@@ -1,4 +1,4 @@
-"""What a task is: data and grading. A task knows no reinforcement learning."""
+"""A task is data and grading. It knows no reinforcement learning."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -26,8 +26,8 @@ class Task(ABC):
             The user's turns of Self-Refine: one that asks for feedback on an attempt, and one after the feedback that asks for
             the next attempt. They must not say whether the attempt was right either.
         num_given_attempts (`int`, defaults to `0`):
-            Attempts that the prompts of this task already hold, each with the correction instruction after it: 1 for
-            offline repair, where the first answer generated is attempt 2.
+            Number of attempts that the prompts of this task already hold, each followed by the correction instruction. It is
+            1 for offline repair, where the first generated attempt is attempt 2.
     """
 
     name: ClassVar[str]
@@ -59,7 +59,7 @@ class Task(ABC):
     @abstractmethod
     def reward(self, completions: list, **kwargs) -> list[float | None]:
         """
-        Grade attempts, as a TRL reward function: 1.0 for a right attempt, 0.0 for a wrong one, `None` where the row
+        Grade attempts, as a TRL reward function does: 1.0 for a right attempt, 0.0 for a wrong one, and `None` if the row
         cannot be graded.
 
         Args:
@@ -96,17 +96,17 @@ class Task(ABC):
 
 
 def text_of(completion: str | list[dict]) -> str:
-    """The text of an attempt, whichever of TRL's two forms it has."""
+    """The text of an attempt, given as text or as chat messages (TRL's two forms)."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def first(rows: Dataset, number: int | None) -> Dataset:
-    """Only the first rows; all without a number."""
+    """The first `number` rows, or all rows if it is `None`."""
     return rows if number is None else rows.select(range(min(number, len(rows))))
 
 
 def drop(rows: Dataset, unusable: Callable[[dict], bool], why: str) -> Dataset:
-    """The rows without those that cannot be used, and a line in the log that counts them."""
+    """Leave out the rows that cannot be used, and log how many they are."""
     kept = rows.filter(lambda row: not unusable(row))
     if dropped := len(rows) - len(kept):
         logger.warning(f"{dropped} of {len(rows)} rows dropped: {why}.")

@@ -36,7 +36,7 @@ HUMANEVAL_PROMPT = (
 
 
 def names_used(reference: str, tests: str) -> list[str]:
-    """What the tests use of a reference program: its functions, classes and variables by name."""
+    """The names of functions, classes and variables of a reference program that the tests use."""
     defined = []
     for node in ast.parse(reference).body:
         targets = [*getattr(node, "targets", []), *([node.target] if isinstance(node, ast.AnnAssign) else [])]
@@ -48,8 +48,8 @@ def names_used(reference: str, tests: str) -> list[str]:
 
 def with_imports(reference: str, tests: str) -> str:
     """
-    Tests that use a module which only the reference program imports, with that import: a name that is no entry point never
-    comes from the program under test.
+    Add to the tests the imports that they use and that only the reference program has. A name that is no entry point never comes
+    from the program under test.
 
     Example:
     ```python
@@ -69,8 +69,8 @@ def with_imports(reference: str, tests: str) -> str:
 
 def one_assert_each(tests: str) -> list[str]:
     """
-    Tests for each assertion at their top level alone, with everything that is none; the tests themselves if there is no such
-    assertion, or if they are no Python.
+    Divide tests into one program for each assertion at their top level, together with all code that is not an assertion. Tests
+    without such an assertion, and tests that are not Python, stay as they are.
 
     Example:
     ```python
@@ -100,15 +100,15 @@ class CodeTask(Task):
         sandbox (`Sandbox`, *optional*):
             Where the programs run. By default, the best that this machine allows.
         runner (`Callable[[Sequence[Submission]], Sequence[Verdict]]`, *optional*):
-            A function that runs programs against their tests in place of the sandbox, such as one that asks a service or a
-            container: one [`Verdict`] per [`Submission`], in their order. It answers for what the programs do, so no
-            consent is asked for. See docs/sandbox.md.
+            A function that runs programs against their tests in place of the sandbox, for instance in a container or by a
+            service. It returns one [`Verdict`] per [`Submission`], in their order. The function is responsible for what the
+            programs do, so no consent is needed. See docs/sandbox.md.
         allow_code_execution (`bool`, *optional*):
-            Consent to running what a model wrote; see [`Sandbox`].
+            Consent to run programs that a model wrote; see [`Sandbox`].
         fractional_reward (`bool`, *optional*, defaults to `False`):
-            Reward the share of the assertions that hold, each in a run of its own, instead of 1 for all of them and else 0.
-            Tests without assertions at their top level, HumanEval's, stay all or nothing. An attempt still counts as right
-            only with all of them.
+            Reward the share of the assertions that hold, instead of 1 if all hold and 0 otherwise. Each assertion is run by
+            itself. Tests without assertions at their top level, such as HumanEval's, stay all or nothing. An attempt still
+            counts as right only if all assertions hold.
 
     Raises:
         `PermissionError`: Without consent.
@@ -138,9 +138,9 @@ class CodeTask(Task):
 
     def rows(self, split: str) -> list[dict]:
         """
-        Rows with `prompt` (chat messages), `tests` (source), `names` (what the tests use of the program: nothing else comes
-        from it) and `context` (the start of the program, if the prompt gives one, else ""). With `mutable_arguments`, also
-        optional, a row says whether changes that a program makes to its arguments reach the tests.
+        Rows with the columns `prompt` (chat messages), `tests` (source), `names` (the names that the tests get from the
+        program, and no others) and `context` (the start of the program if the prompt gives one, else ""). The optional column
+        `mutable_arguments` says whether changes that a program makes to its arguments reach the tests.
         """
         raise NotImplementedError
 
@@ -193,8 +193,8 @@ class CodeTask(Task):
 
     def verdicts(self, submissions: list[Submission]) -> list[Verdict]:
         """
-        The runner's verdicts. What it cannot do for the tests is logged, each reason once: such a program gets no reward,
-        and may be right.
+        The runner's verdicts. A program whose tests the runner does not support gets no reward, although it may be right. Each
+        reason is logged once.
 
         Raises:
             `TypeError`: If the runner returns no list of verdicts, one per submission.

@@ -51,7 +51,7 @@ class MathTask(Task):
         memory (`int`, *optional*, defaults to `4 * 2**30`):
             Bytes of address space of a worker that grades.
         num_workers (`int`, *optional*):
-            Attempts graded at a time. Defaults to the usable CPU cores, shared out among the processes of `accelerate`.
+            Attempts to grade at a time. Defaults to the usable CPU cores, divided among the processes of `accelerate`.
     """
 
     correction_instruction = CORRECTION_INSTRUCTION
@@ -97,7 +97,7 @@ class MathTask(Task):
         return rows.map(lambda row: {"prompt": math_prompt(row["problem"])})
 
     def unreadable_golds(self, golds: list[str]) -> list[str]:
-        """Those of the gold answers that cannot be parsed."""
+        """The gold answers that cannot be parsed, each once."""
         different = list(dict.fromkeys(golds))
         chunks = [different[start : start + 64] for start in range(0, len(different), 64)]
         outcomes = self._pool.map([json.dumps({"golds": chunk}).encode() for chunk in chunks], 64 * self.time_limit)
@@ -109,8 +109,8 @@ class MathTask(Task):
 
     def grade(self, texts: list[str], golds: list[str], problems: list[str] | None = None) -> list[bool]:
         """
-        Whether each text gives its gold answer. Never raises for a text, and never takes longer than the time limit
-        for one; may be called from any thread.
+        Whether each text gives its gold answer. A text never raises an error, and never takes longer than the time limit. May
+        be called from any thread.
 
         Args:
             texts (`list[str]`):

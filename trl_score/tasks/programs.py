@@ -1,8 +1,8 @@
 """
-The program in a model's text. By regular expressions alone: parsing hostile source can crash the interpreter.
+Finds the program in a model's text. It uses regular expressions alone, because parsing hostile source can crash the interpreter.
 
-A text is cut at its markers and fences into pieces of code. The pieces that bind what the tests use are the program; the
-others lend it the imports and helpers that it needs. docs/tasks.md has the policy as a table.
+A text is cut into pieces of code at its markers and fences. The pieces that bind the names that the tests use are the program. The
+other pieces lend it the imports and helpers that it needs. docs/tasks.md has the policy as a table.
 """
 
 import builtins

@@ -60,15 +60,15 @@ FILES: dict[str, str] = {
     "humaneval": "humaneval/humaneval.jsonl",
     "humanevalfix": "humanevalfix/humanevalfix.jsonl",
 }
-"""Below `data_dir`, with or without `.gz`."""
+"""Paths below `data_dir`. Each file may also end in `.gz`."""
 
 
 def from_hub(name: str) -> Dataset:
     """
-    Rows as they are on the Hub, with a column `split`.
+    Load rows from the Hub as they are there, and add a column `split`.
 
     Raises:
-        `OSError`: If they cannot be loaded, with what to do instead.
+        `OSError`: If the rows cannot be loaded. The message says what to do instead.
     """
     source = HUB[name]
     parts = []
@@ -89,7 +89,7 @@ def from_hub(name: str) -> Dataset:
 
 def from_folder(name: str, data_dir: str | Path) -> Dataset:
     """
-    Rows of a file of JSON lines.
+    Read the rows of a file of JSON lines.
 
     Raises:
         `FileNotFoundError`: If the folder has no such file.

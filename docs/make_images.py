@@ -1,0 +1,92 @@
+"""
+Makes the pictures of README.md and of reading_a_run.md: `python docs/make_images.py`, some minutes on two CPU cores.
+
+Two runs of the embedded task: the recipe, and one without Stage I and without the bonus, which collapses to copying. The picture
+of the report needs Chromium and `pip install playwright`.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+
+from trl_score import SCoReConfig, SCoReTrainer, evaluate_self_correction, inference_scaling
+from trl_score.report import write_report
+from trl_score.tasks import Arithmetic
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH
+
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "docs" / "images"
+RUNS = {"healthy": {}, "collapsed": {"stage1_steps": 0, "alpha": 0}}
+PANELS = (  # title, and a label for each key
+    ("accuracy", {"accuracy_t1": "attempt 1", "accuracy_t2": "attempt 2"}),
+    ("share of rollouts", {"changed_ratio": "changed", "delta_i_to_c": "i→c", "delta_c_to_i": "c→i"}),
+    ("KL to the base model, nats per token", {"kl_t1": "attempt 1", "kl_t2": "attempt 2"}),
+)
+COLORS = ("tab:blue", "tab:orange", "tab:green")
+
+
+def run(folder: Path, changes: dict) -> list[dict]:
+    """Train the embedded task with its configuration and `changes`. Returns the logs with a stage."""
+    settings = yaml.safe_load((ROOT / "examples" / "configs" / "arithmetic.yaml").read_text())
+    task = Arithmetic()
+    settings |= {"correction_instruction": task.correction_instruction, "output_dir": str(folder), "use_cpu": True}
+    settings |= changes
+    del settings["task"]
+    trainer = SCoReTrainer(
+        str(BASE_MODEL_PATH), task.reward, SCoReConfig(**settings), train_dataset=task.load("train")
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    return [log for log in trainer.state.log_history if "stage" in log]
+
+
+def draw(histories: dict[str, list[dict]]) -> Figure:
+    """The curves of several runs, a row for each run."""
+    figure = Figure(figsize=(11, 2.6 * len(histories)), layout="constrained")
+    axes = figure.subplots(len(histories), len(PANELS), sharex=True, sharey="col", squeeze=False)
+    for row, (name, history) in zip(axes, histories.items(), strict=True):
+        stage2 = [log["step"] for log in history if log["stage"] == 2]
+        for ax, (title, keys) in zip(row, PANELS, strict=True):
+            for color, (key, label) in zip(COLORS, keys.items(), strict=False):
+                ax.plot([log["step"] for log in history], [log[key] for log in history], color=color, label=label)
+            if history[0]["stage"] == 1:
+                ax.axvline(stage2[0] - history[0]["step"], color="gray", linestyle=":")
+            ax.set_title(f"{name}: {title}", fontsize=9, loc="left")
+            ax.legend(frameon=False, fontsize=8)
+            ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("optimizer step")
+    return figure
+
+
+def picture_of_report(trained: Path, folder: Path) -> None:
+    """Evaluate base and trained model, write the report on both, and take a picture of its first part."""
+    from playwright.sync_api import sync_playwright
+
+    base, score, votes = folder / "results" / "base", folder / "results" / "score", folder / "results" / "votes"
+    settings = {"task": "arithmetic", "max_completion_length": 8, "batch_size": 500}
+    evaluate_self_correction(str(BASE_MODEL_PATH), output_dir=base, **settings)
+    evaluate_self_correction(str(trained), output_dir=score, **settings)
+    inference_scaling(str(trained), output_dir=votes, limit=200, max_budget=16, **settings)
+    page = write_report([base, score, trained, votes], folder / "report.html")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1000, "height": 1900}, color_scheme="light")
+        tab.goto(page.resolve().as_uri())
+        tab.screenshot(path=IMAGES / "report.png")
+        browser.close()
+
+
+def main(folder: Path) -> None:
+    histories = {name: run(folder / name, changes) for name, changes in RUNS.items()}
+    draw(histories).savefig(IMAGES / "healthy_and_collapsed.png", dpi=110)
+    picture_of_report(folder / "healthy", folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/images"))
