@@ -9,6 +9,7 @@ from copy import deepcopy
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate.logging import get_logger
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .batch import Batch
@@ -68,6 +70,7 @@ from .rollout import Bridge, Rollouts, decode_attempts, roll_out, save_rollout_s
 from .score_config import TECHNICAL_GENERATION_KWARGS, SCoReConfig
 from .tasks.base import text_of
 from .tasks.math import CORRECTION_INSTRUCTION
+from .transcripts import transcript
 
 
 logger = get_logger(__name__)
@@ -626,6 +629,19 @@ class SCoReTrainer(GRPOTrainer):
         for k in attempts:
             self._logs["extra"][f"reward/attempt_{k}"].extend(rewards[:, k - 1].tolist())
             self._logs["extra"][f"advantage/attempt_{k}"].extend(advantages[:, k - 1].tolist())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        with patch.object(grpo_trainer, "print_prompt_completions_sample", self._print_rollouts):
+            super().log(logs, start_time)
+
+    def _print_rollouts(self, prompts: list, *args, **kwargs):
+        """In place of TRL's table: the last rollouts of this process, if they are what is logged."""
+        batch = self._batch
+        if batch is not None and batch.mode == ("train" if self.model.training else "eval"):
+            number = len(batch.instructions)
+            missing = number * self.accelerator.num_processes - len(prompts)  # TRL keeps the last ones only
+            prompts = [*[None] * missing, *list(prompts)[max(0, -missing) :]][:number]
+            print(transcript(batch, prompts, self.state.global_step, self.num_completions_to_print))
 
     # Evaluation
 
