@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written_is_blamed(tmp_path, monkeypatch):
         == f"`output_dir='{tmp_path}/file/run'` is no folder: '{tmp_path}/file' is a file. Give another one."
     )
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(PermissionError, match=r"cannot be written: '.*' does not allow it. Give another folder"):
+    with pytest.raises(PermissionError, match=r"cannot be written: '.*' does not allow it\. Give another"):
         check_folder(tmp_path / "new" / "run")
 
 
@@ -273,14 +273,14 @@ def test_the_time_left_counts_from_the_step_that_a_run_resumes_from():
     bar.on_step_end(None, state, None)
     shown = bar.training_bar.format_dict
     assert (shown["n"], shown["initial"], shown["total"]) == (21, 20, 30)
-    assert bar.training_bar.format_meter(**shown | {"elapsed": 1.0, "rate": None}).endswith("[00:01<00:09,  1.00s/it]")
+    assert bar.training_bar.format_meter(**shown | {"elapsed": 1.0, "rate": None}).endswith("[00:01<00:09,  1.00it/s]")
     bar.on_train_end(None, state, None)
 
 
 def test_tensorboard_shows_the_attempts_in_one_another(run, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     layout_pb2 = pytest.importorskip("tensorboard.plugins.custom_scalar.layout_pb2")
-    run(report_to=["tensorboard"], logging_dir=str(tmp_path / "board"))
+    run(report_to=["tensorboard"])
     (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}
     events = accumulator.EventAccumulator(str(folder)).Reload()
     tensor = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]

@@ -21,6 +21,7 @@ from copy import deepcopy
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate.logging import get_logger
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id
 
 from .batch import Batch
@@ -78,6 +80,7 @@ from .score_config import SCoReConfig
 from .tasks.base import text_of
 from .tasks.math import CORRECTION_INSTRUCTION
 from .trainer_evaluation import EvaluatingTrainer
+from .transcripts import transcript
 
 
 logger = get_logger(__name__)
@@ -590,6 +593,19 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         metrics["num_generated_tokens"] = [self._num_generated_tokens]
 
         fill_table(self._logs, rewards, advantages)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        with patch.object(grpo_trainer, "print_prompt_completions_sample", self._print_rollouts):
+            super().log(logs, start_time)
+
+    def _print_rollouts(self, prompts: list, *args, **kwargs):
+        """In place of TRL's table: the last rollouts of this process, if they are what is logged."""
+        batch = self._batch
+        if batch is not None and batch.mode == ("train" if self.model.training else "eval"):
+            number = len(batch.instructions)
+            missing = number * self.accelerator.num_processes - len(prompts)  # TRL keeps the last ones only
+            prompts = [*[None] * missing, *list(prompts)[max(0, -missing) :]][:number]
+            print(transcript(batch, prompts, self.state.global_step, self.num_completions_to_print))
 
     def _log_kl(self, kl: Tensor, inputs: dict[str, Tensor]):
         """Log the mean KL of each attempt's tokens. In evaluation the mean is over all batches, see `evaluation_loop`."""
