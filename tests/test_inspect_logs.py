@@ -30,7 +30,7 @@ def test_inspect_reads_the_dialogues_and_the_scores(tmp_path, capsys):
     }
     assert second.scores.keys() == {"attempt_2"} and second.metadata["transition"] == "?"
     metrics = {score.name: score.metrics for score in log.results.scores}
-    assert metrics["attempt_2"]["accuracy"].value == 1 and metrics["self_correction"]["Δ(i→c)"].value == 1
+    assert metrics["attempt_2"]["accuracy"].value == 1 and metrics["self_correction"]["delta_i_to_c"].value == 1
     assert log_module.read_eval_log(str(tmp_path / "logs" / "half.eval")).status == "cancelled"
 
 

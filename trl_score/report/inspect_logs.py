@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..evaluation import Evaluation
-from ..metrics import label
 from .folders import find
 from .page import transition
 
@@ -97,7 +96,7 @@ def _results(evaluation: Evaluation) -> list:
             name = f"attempt_{metric.removeprefix('accuracy_t')}"
             scores.append(EvalScore(name=name, scorer=name, metrics={"accuracy": accuracy, **limits}))
     others = {
-        metric: EvalMetric(name=label(metric), value=entry["value"])
+        metric: EvalMetric(name=metric, value=entry["value"])
         for metric, entry in found.items()
         if not metric.startswith("accuracy_t")
     }
