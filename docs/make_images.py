@@ -20,7 +20,7 @@ from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
-RUNS = {"healthy": {}, "collapsed": {"stage1_steps": 0, "alpha": 0}}
+RUNS = {"SCoRe": {}, "collapsed": {"stage1_steps": 0, "alpha": 0}}
 PANELS = (  # title, and a label for each key
     ("accuracy", {"accuracy_t1": "attempt 1", "accuracy_t2": "attempt 2"}),
     ("share of rollouts", {"changed_ratio": "changed", "delta_i_to_c": "i→c", "delta_c_to_i": "c→i"}),
@@ -76,7 +76,7 @@ def picture_of_report(trained: Path, folder: Path) -> None:
     page = write_report([base, score, trained, votes], folder / "report.html")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1000, "height": 1900}, color_scheme="light")
+        tab = browser.new_page(viewport={"width": 1000, "height": 1840}, color_scheme="light")
         tab.goto(page.resolve().as_uri())
         tab.screenshot(path=IMAGES / "report.png")
         browser.close()
@@ -84,8 +84,9 @@ def picture_of_report(trained: Path, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     histories = {name: run(folder / name, changes) for name, changes in RUNS.items()}
-    draw(histories).savefig(IMAGES / "healthy_and_collapsed.png", dpi=110)
-    picture_of_report(folder / "healthy", folder)
+    figure = draw({"healthy": histories["SCoRe"], "collapsed": histories["collapsed"]})
+    figure.savefig(IMAGES / "healthy_and_collapsed.png", dpi=110)
+    picture_of_report(folder / "SCoRe", folder)
 
 
 if __name__ == "__main__":

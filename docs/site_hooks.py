@@ -63,12 +63,23 @@ SECTIONS = {"Args", "Parameters", "Attributes", "Returns", "Raises", "Example", 
 Definition = ast.ClassDef | ast.FunctionDef
 
 
-def definitions(module: str) -> dict[str, Definition]:
-    """The classes and functions at the top level of a module of the package."""
+def definition(module: str, name: str) -> Definition:
+    """
+    A class or function of the package, also where the module imports it from a neighbour.
+
+    Raises:
+        `KeyError`: If the module has no such name.
+    """
     path = PACKAGE / Path(*module.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    nodes = ast.parse(path.read_text("utf-8")).body
-    return {node.name: node for node in nodes if isinstance(node, Definition)}
+    is_package = path.is_dir()
+    path = path / "__init__.py" if is_package else path.with_suffix(".py")
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, Definition) and node.name == name:
+            return node
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and name in {each.name for each in node.names}:
+            here = module.split(".") if is_package else module.split(".")[:-1]
+            return definition(".".join([*here, node.module]), name)
+    raise KeyError(f"`trl_score.{module}` has no `{name}`.")
 
 
 def arguments(node: ast.FunctionDef) -> str:
@@ -193,8 +204,7 @@ def page() -> str:
     for heading, modules in PUBLIC.items():
         parts.append(f"## {heading}\n")
         for module, names in modules.items():
-            found = definitions(module)
-            parts += [entry(module, found[name]) + "\n" for name in names]
+            parts += [entry(module, definition(module, name)) + "\n" for name in names]
     return "\n".join(parts)
 
 

@@ -187,15 +187,17 @@ def test_commands_in_the_docs_are_valid(monkeypatch):
 
     def do(*args, **kwargs):
         done.append(kwargs)
-        return Mock()
+        return Mock(exit_code=0)
 
     for module, name in {
         "evaluation": "evaluate_self_correction",
         "scaling": "inference_scaling",
         "collection": "collect",
         "report": "write_report",
+        "preflight": "check",
     }.items():
-        monkeypatch.setattr(importlib.import_module(f"trl_score.{module}"), name, do)
+        if importlib.util.find_spec(f"trl_score.{module}"):
+            monkeypatch.setattr(importlib.import_module(f"trl_score.{module}"), name, do)
     monkeypatch.setattr("trl_score.scaling.table", str)
     monkeypatch.setattr("trl_score.collection.describe", str)
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
