@@ -82,6 +82,16 @@ def definition(module: str, name: str) -> Definition:
     raise KeyError(f"`trl_score.{module}` has no `{name}`.")
 
 
+def shortest(module: str, name: str) -> str:
+    """The package that a name is imported from: the outermost that imports it, else its module."""
+    parents = module.split(".")
+    for number in range(len(parents)):
+        nodes = ast.walk(ast.parse(PACKAGE.joinpath(*parents[:number], "__init__.py").read_text("utf-8")))
+        if any(isinstance(node, ast.ImportFrom) and name in {each.name for each in node.names} for node in nodes):
+            return ".".join(["trl_score", *parents[:number]])
+    return f"trl_score.{module}"
+
+
 def arguments(node: ast.FunctionDef) -> str:
     """A signature on one line, without `self` and annotations."""
     node = ast.parse(ast.unparse(node)).body[0]
@@ -145,7 +155,7 @@ def rendered(docstring: str) -> str:
 
 def entry(module: str, node: Definition) -> str:
     """The part of the page on a class or a function."""
-    own = f"trl_score.{module}"
+    own = shortest(module, node.name)
     text = [f"### `{node.name}` {{ #{node.name.lower()} }}"]
     if isinstance(node, ast.FunctionDef):
         signature, methods = arguments(node), []
