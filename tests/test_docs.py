@@ -109,6 +109,7 @@ PAGES = {  # pages whose blocks run as one program, with the names that a page t
     "cli.md": ("trainer",),
     "resuming.md": ("trainer",),
     "metrics.md": ("given",),
+    "report.md": ("trainer",),
 }
 ELSEWHERE = {"tasks.md", "sandbox.md", "algorithm.md"}  # pages with tests of their own
 
@@ -134,7 +135,12 @@ def small(tmp_path, monkeypatch, chat_model):
     def limited(function, **limits):
         return lambda *args, **kwargs: function(*args, **kwargs | limits)
 
-    monkeypatch.setattr(trl_score, "SCoReConfig", limited(SCoReConfig, **run), raising=False)
+    def config(*args, **kwargs):
+        if kwargs.get("stage1_steps"):
+            kwargs["stage1_steps"] = 1
+        return SCoReConfig(*args, **kwargs | run)
+
+    monkeypatch.setattr(trl_score, "SCoReConfig", config, raising=False)
     evaluate, scale = trl_score.evaluate_self_correction, trl_score.inference_scaling
     monkeypatch.setattr(trl_score, "evaluate_self_correction", limited(evaluate, **sample), raising=False)
     monkeypatch.setattr(trl_score, "inference_scaling", limited(scale, **sample, max_budget=4), raising=False)
@@ -174,6 +180,7 @@ def commands() -> list[tuple[str, list[str]]]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
             for line in block.replace("\\\n", " ").replace("&&", "\n").splitlines():
+                line = line.partition(" > ")[0]  # the shell writes the file
                 words = shlex.split(re.sub(r"\$[A-Z]+", "1", line), comments=True)
                 while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
                     del words[0]
@@ -181,7 +188,7 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_commands_in_the_docs_are_valid(monkeypatch):
+def test_commands_in_the_docs_are_valid(monkeypatch, tmp_path):
     """`trl-score` parses its own, up to the call that does the work; of the others, scripts and options are there."""
     done, launched = [], []
 
@@ -198,14 +205,20 @@ def test_commands_in_the_docs_are_valid(monkeypatch):
     }.items():
         if importlib.util.find_spec(f"trl_score.{module}"):
             monkeypatch.setattr(importlib.import_module(f"trl_score.{module}"), name, do)
+    monkeypatch.setattr("trl_score.report.inspect_logs.write_inspect_logs", lambda *args: done.append(args) or [])
     monkeypatch.setattr("trl_score.scaling.table", str)
     monkeypatch.setattr("trl_score.collection.describe", str)
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
-    monkeypatch.chdir(ROOT)
+    rows = [{"question": "What is 1 + 1?", "answer": "#### 2"}]
+    monkeypatch.setattr(sources, "from_hub", lambda name: Dataset.from_list(rows))
+    for each in ROOT.iterdir():  # the repository, and a file of the reader
+        (tmp_path / each.name).symlink_to(each)
+    (tmp_path / "my_task.py").write_text("from trl_score.tasks import Arithmetic as MyTask\n")
+    monkeypatch.chdir(tmp_path)
     kinds = {"math.py": (TrainArguments, ScriptArguments, SCoReConfig, ModelConfig)}
     kinds["code.py"] = (TrainArguments, SCoReConfig, ModelConfig)
     kinds["baselines.py"] = (BaselineArguments, SFTConfig, ModelConfig)
-    other = {"pip", "ruff", "pytest", "vllm", "for", "mkdocs", "hf"}
+    other = {"pip", "ruff", "pytest", "vllm", "for", "mkdocs", "hf", "inspect"}
     for page, words in commands():
         said = f"{page}: {' '.join(words)}"
         before = len(done) + len(launched)
