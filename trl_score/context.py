@@ -160,9 +160,8 @@ class ContextCheck:
         too_long, between = [], {}
         for index, (row, length) in enumerate(_with_lengths(dataset, tokenize)):
             own = row.get("correction_instruction") or instruction
-            if (
-                own not in between
-            ):  # hardly any template makes it depend on the prompt; each batch is checked to the token
+            # Hardly any template makes the bridges depend on the prompt. Each batch is checked to the token.
+            if own not in between:
                 [between[own]] = self.bridge_tokens([row["prompt"]], [own], num_attempts)
             first = self.max_completion_length if first_attempt is None else first_attempt(row)
             rollout = _Rollout(f"row {index} of `{name}`", length, first, others, between[own])
