@@ -220,6 +220,7 @@ class SCoReTrainer(GRPOTrainer):
         self.rollout_func = self._roll_out
         self._planned_steps = max(args.max_steps, 1)  # `max_steps` when the run began
         self._batch: Batch | None = None  # the one that is being made
+        self._shown: Batch | None = None  # the one that the console has
         self._attempt: int | None = None  # the one that is being graded
         self._uncounted: int | None = None  # rollouts of the current evaluation
         self._kl_sums: Tensor | float = 0.0  # of that evaluation: KL and tokens of each attempt
@@ -635,9 +636,9 @@ class SCoReTrainer(GRPOTrainer):
             super().log(logs, start_time)
 
     def _print_rollouts(self, prompts: list, *args, **kwargs):
-        """In place of TRL's table: the last rollouts of this process, if they are what is logged."""
-        batch = self._batch
-        if batch is not None and batch.mode == ("train" if self.model.training else "eval"):
+        """In place of TRL's table: the last rollouts of this process, once, if they are what is logged."""
+        batch, before, self._shown = self._batch, self._shown, self._batch
+        if batch is not before and batch.mode == ("train" if self.model.training else "eval"):
             number = len(batch.instructions)
             missing = number * self.accelerator.num_processes - len(prompts)  # TRL keeps the last ones only
             prompts = [*[None] * missing, *list(prompts)[max(0, -missing) :]][:number]
