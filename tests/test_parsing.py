@@ -1,5 +1,6 @@
 """Options: errors of one line that name the nearest one, help in groups, configurations by name."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import yaml
 
 from trl_score import arguments
 from trl_score.arguments import BaselineArguments, EvaluateArguments, TrainArguments
+from trl_score.evaluation import evaluate_self_correction
 from trl_score.parsing import MOST_USED, TRAINING, Parser, configs, find_config
 from trl_score.training import train_parser
 
@@ -157,3 +159,15 @@ def test_json_is_understood_on_the_command_line_and_in_yaml(tmp_path):
 def test_problems_that_cannot_be_meant_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainArguments(**settings).open_tasks()
+
+
+def test_the_function_documents_the_options_of_its_command():
+    documented = {}
+    for names, text in re.findall(r"^        ([\w, ]+) \((.*)\):$", evaluate_self_correction.__doc__, re.M):
+        defaults = re.findall(r"`\"?([\w.]+)\"?`", text.partition("default")[2]) or [None] * 9
+        documented |= dict(zip(names.split(", "), defaults, strict=False))
+    for_the_shell = {"dataset_name", "dataset_config", "reward_funcs", *arguments.BACKENDS_OF}
+    for field in fields(EvaluateArguments):
+        if field.name not in for_the_shell:
+            default = documented[field.name]
+            assert str(field.default) == (default or "None"), field.name

@@ -2,12 +2,13 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_score import cli, preflight
-from trl_score.jobs import Job
+from trl_score.jobs import Job, Plan
 from trl_score.preflight import (
     Check,
     Finding,
@@ -148,6 +149,23 @@ def test_a_check_says_what_it_found(tmp_path):
     text = str(found)
     assert "8 problems, temperature 1" in text and "25 to 70" in text and "Worth training? " in text
     assert (tmp_path / "rollouts" / "summary.json").exists()
+
+
+def test_problems_are_drawn_from_the_whole_split():
+    """Datasets are often sorted, by subject or by how hard they are."""
+    whole = list(Arithmetic().load("train")["prompt"])
+    plan = Plan.of(BASE, "arithmetic", limit=64, split="train", temperature=1.0)
+    assert list(plan.rows()["prompt"]) == whole[:64]
+    drawn = list(replace(plan, shuffled=True).rows()["prompt"])
+    places = [whole.index(each) for each in drawn]
+    assert len(set(places)) == 64 and max(places) > 400
+    assert drawn == list(replace(plan, shuffled=True).rows()["prompt"])
+
+
+def test_nothing_is_sampled_before_a_fault_is_mended():
+    found = check(BASE, Task(right=0.0), **SMALL)
+    assert (found.worth, found.metrics, found.exit_code) == ("no", {}, 3)
+    assert str(found).endswith("Worth training? No. Mend the grader first.") and "Accuracy" not in str(found)
 
 
 def test_long_attempts_are_noticed():

@@ -119,9 +119,8 @@ def launch(command: str, arguments: list[str]) -> int:
     if parsed.training_script != module:
         parser.error(f"unexpected argument '{parsed.training_script}'.")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process has said what failed
-    before = signal.signal(
-        signal.SIGINT, lambda *_: None
-    )  # Ctrl-C is the processes' to answer; this one waits for them
+    # After Ctrl-C the processes say what is kept, and this one waits for them.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         launch_command(parsed)
     except subprocess.CalledProcessError as error:

@@ -76,14 +76,6 @@ class Job(RolloutArguments):
             return [self.feedback_instruction, self.refine_instruction]
         return [self.correction_instruction]
 
-    def rows(self, task: Task, limit: int | None) -> Dataset:
-        """The problems. A prompt of offline repair ends with the first turn."""
-        rows = first(task.load(self.split), limit)
-        if self.num_given_attempts:
-            asked = {"role": "user", "content": self.turns[0]}
-            rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
-        return rows
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -101,6 +93,8 @@ class Plan:
             Use the first problems only.
         output_dir (`str`, *optional*):
             Folder for the results; without one they stay in memory.
+        shuffled (`bool`, *optional*, defaults to `False`):
+            Take the problems in a random order, by the job's seed: many datasets are sorted.
     """
 
     job: Job
@@ -108,6 +102,7 @@ class Plan:
     open: Callable[[], tuple[dict, Callable[[], Sampler]]]
     limit: int | None = None
     output_dir: str | Path | None = None
+    shuffled: bool = False
 
     @classmethod
     def of(
@@ -158,6 +153,15 @@ class Plan:
         )
         return cls(job, task, cache(partial(open_model, model, **settings)), limit, output_dir)
 
+    def rows(self) -> Dataset:
+        """The problems. A prompt of offline repair ends with the first turn."""
+        rows, job = self.task.load(self.job.split), self.job
+        rows = first(rows.shuffle(seed=job.seed) if self.shuffled else rows, self.limit)
+        if job.num_given_attempts:
+            asked = {"role": "user", "content": job.turns[0]}
+            rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
+        return rows
+
 
 @keep_random_state()
 def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
@@ -170,7 +174,7 @@ def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
     """
     task = plan.task
     identity, make_sampler = plan.open()
-    rows = plan.job.rows(task, plan.limit)
+    rows = plan.rows()
     problems = fingerprints.of_rows(rows)
     job = replace(plan.job, **identity, num_problems=len(rows), data=fingerprints.fingerprint(problems))
     store = Store(plan.output_dir, asdict(job), problems)

@@ -6,7 +6,7 @@ memory are in order, and whether the base model leaves something to learn.
 import json
 import re
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import psutil
 import torch
@@ -20,7 +20,7 @@ from .sampling import TokenSampler, TransformersSampler
 from .tasks import Task
 
 
-# Of rollouts that the base model samples as in training. They come from the runs of docs/results.md and may be adjusted.
+# Thresholds for rollouts that the base model samples as in training, from trial runs with two small language models.
 FIRST_ATTEMPT = (
     0.25,
     0.70,
@@ -56,7 +56,7 @@ class Check:
         findings (`list[Finding]`):
             The checks.
         metrics (`dict`):
-            Name to `{value, low, high}`: shares with 95 % intervals over problems.
+            Name to `{value, low, high}`: shares with 95 % intervals over problems. Empty if something has to be mended first.
         decoding (`str`):
             How they were sampled.
         worth (`str`):
@@ -72,10 +72,15 @@ class Check:
     advice: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        bad = [finding for finding in self.findings if finding.state == "bad"]
-        level, advice = judge(self.metrics)
-        self.worth = "no" if bad else level
-        self.advice = [f"Mend the {finding.name} first." for finding in bad] + advice
+        if self.faults:
+            self.worth, self.advice = "no", [f"Mend the {finding.name} first." for finding in self.faults]
+        else:
+            self.worth, self.advice = judge(self.metrics)
+
+    @property
+    def faults(self) -> list[Finding]:
+        """What has to be mended first."""
+        return [finding for finding in self.findings if finding.state == "bad"]
 
     @property
     def exit_code(self) -> int:
@@ -92,7 +97,8 @@ class Check:
             "accuracy_t1": f"{100 * FIRST_ATTEMPT[0]:.0f} to {100 * FIRST_ATTEMPT[1]:.0f}",
             "delta_i_to_c": f"{100 * CORRECTED:.0f} or more, better {100 * CORRECTED_WELL:.0f}",
         }
-        lines += ["", f"{'percent, ' + self.decoding:<44}{'wanted'}"]
+        if self.metrics:
+            lines += ["", f"{'percent, ' + self.decoding:<44}wanted"]
         for name in SHOWN:
             if name in self.metrics:
                 cell = metric(name).cell(self.metrics[name])
@@ -144,7 +150,7 @@ def check(
 
     Args:
         limit (`int`, *optional*, defaults to `64`):
-            Problems to sample. The intervals tell whether they are enough.
+            Problems to sample, drawn at random. The intervals tell whether they are enough.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature of the training to come.
         split (`str`, *optional*, defaults to `"train"`):
@@ -160,10 +166,11 @@ def check(
         `ValueError`: If a setting cannot work.
     """
     plan = Plan.of(model, task, limit=limit, temperature=temperature, split=split, num_attempts=2, **settings)
+    plan = replace(plan, shuffled=True)
     task, job = plan.task, plan.job
     if task.num_given_attempts:
         raise ValueError(f"'{task.name}' gives the first attempts: it is for evaluation. Check another task.")
-    rows = job.rows(task, plan.limit)
+    rows = plan.rows()
     findings = [check_grader(task, rows), check_instruction(job.correction_instruction)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -172,6 +179,8 @@ def check(
             findings += check_tokens(task, rows, sampler, job)
         if isinstance(sampler, TransformersSampler):
             findings.append(check_memory(sampler.model, longest(rows, sampler, job)))
+        if any(finding.state == "bad" for finding in findings):
+            return Check(findings, {}, "nothing was sampled")
         evaluation = evaluate(plan)
     found = evaluation.summary["metrics"]
     cut = [found[name]["value"] for name in ("truncated_t1", "truncated_t2") if name in found]

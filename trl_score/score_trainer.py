@@ -239,6 +239,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         args = self.args
         self.reward_func_names = unique_names(self.reward_func_names)
         self._batch: Batch | None = None  # the one that is being made
+        self._shown: Batch | None = None  # the one that the console has
         self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs, self.eos_token_ids)
         self.rollout_func = self._roll_out  # TRL's hook for rollouts, which `_generate` calls
         # TRL looks at a row's last token and drops whole rows. Here truncation is per attempt, see `_roll_out`.
@@ -599,9 +600,9 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             super().log(logs, start_time)
 
     def _print_rollouts(self, prompts: list, *args, **kwargs):
-        """In place of TRL's table: the last rollouts of this process, if they are what is logged."""
-        batch = self._batch
-        if batch is not None and batch.mode == ("train" if self.model.training else "eval"):
+        """In place of TRL's table: the last rollouts of this process, once, if they are what is logged."""
+        batch, before, self._shown = self._batch, self._shown, self._batch
+        if batch is not before and batch.mode == ("train" if self.model.training else "eval"):
             number = len(batch.instructions)
             missing = number * self.accelerator.num_processes - len(prompts)  # TRL keeps the last ones only
             prompts = [*[None] * missing, *list(prompts)[max(0, -missing) :]][:number]

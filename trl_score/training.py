@@ -216,6 +216,9 @@ def interruptible(say: Callable[[], str]):
 def kept(trainer: SCoReTrainer) -> str:
     """What is left of a training that was interrupted, and how to continue it."""
     args, state = trainer.args, trainer.state
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Progress) and callback.training_bar is not None:
+            callback.on_train_end(args, state, trainer.control)  # closes the bar, so that the line is the last one
     done = f"{state.global_step} of {state.max_steps} steps were done"
     whole = next((path for path in checkpoints(Path(args.output_dir)) if is_whole(path)), None)
     if whole is not None:
