@@ -103,8 +103,8 @@ class Evaluation:
         rollouts (`list[dict]`):
             One per rollout, by problem and sample: `index`, `sample`, `prompt`, `attempts` (text), `rewards`, `correct`,
             `num_tokens`, `truncated`, `edit_distance_ratio`, `changed_answer`, `problem` (a fingerprint of its row), and
-            `level` and `subject` where the task has them. In Self-Refine also `feedback` (text) and `feedback_num_tokens`, of the feedback
-            between the attempts.
+            `level` and `subject` where the task has them. In Self-Refine also `feedback` (text) and `feedback_num_tokens`, of
+            the feedback between the attempts.
         summary (`dict`):
             `metrics`: name to `{value, low, high}`, with 95 % bootstrap intervals over problems; `by_level`; `mcnemar_p`.
     """

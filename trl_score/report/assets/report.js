@@ -47,13 +47,15 @@ function put(box, text) {
 function differences(before, after) {
   const a = words(before), b = words(after);
   if (a.length > MOST_WORDS || b.length > MOST_WORDS) return null;
+  const numbers = new Map(), number = word => numbers.get(word) ?? (numbers.set(word, numbers.size), numbers.size - 1);
+  const x = Int32Array.from(a, number), y = Int32Array.from(b, number);  // compared faster than words
   const width = b.length + 1, best = new Uint16Array((a.length + 1) * width);
   for (let i = a.length - 1; i >= 0; i--) for (let j = b.length - 1; j >= 0; j--)
-    best[i * width + j] = a[i] === b[j] ? best[(i + 1) * width + j + 1] + 1 : Math.max(best[(i + 1) * width + j], best[i * width + j + 1]);
+    best[i * width + j] = x[i] === y[j] ? best[(i + 1) * width + j + 1] + 1 : Math.max(best[(i + 1) * width + j], best[i * width + j + 1]);
   const left = [], right = [];
   let i = 0, j = 0;
   while (i < a.length || j < b.length) {
-    if (i < a.length && j < b.length && a[i] === b[j]) { left.push(["", a[i++]]); right.push(["", b[j++]]); }
+    if (i < a.length && j < b.length && x[i] === y[j]) { left.push(["", a[i++]]); right.push(["", b[j++]]); }
     else if (j >= b.length || (i < a.length && best[(i + 1) * width + j] >= best[i * width + j + 1])) left.push(["del", a[i++]]);
     else right.push(["ins", b[j++]]);
   }
