@@ -68,7 +68,8 @@ def test_a_training_shows_them(make_arithmetic_trainer, capsys):
     for text, blocks in ((out, 4), (evaluated, 2)):
         assert text.count("please check again") == text.count("problem:") == blocks
         assert text.count("right, reward 1") + text.count("wrong, reward 0") == 2 * blocks
-        assert max(map(len, text.splitlines())) <= 80 and "Advantage" not in text
+        lines = [line for line in text.splitlines() if not line.startswith("{")]  # those are transformers' own logs
+        assert max(map(len, lines)) <= 80 and "Advantage" not in text
     problem = evaluated.split("problem:\n  ")[1].split("\n")[0]
     row = trainer.eval_dataset["prompt"].index([{"role": "user", "content": problem}])
     attempt = evaluated.split("attempt 1: ")[1]
