@@ -368,3 +368,10 @@ def test_real_problems_become_traces_that_are_learnt(chat_model, sft, name):
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         arguments(**changes)
+
+
+def test_a_machine_without_bfloat16_is_told_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_score.score_config.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match=r"Set `use_cpu=True` to train on the CPU in bfloat16, or `bf16=False`"):
+        baselines.BaselineConfig(str(tmp_path))
+    assert baselines.BaselineConfig(str(tmp_path), use_cpu=True, bf16=False).bf16 is False

@@ -1,5 +1,6 @@
 """What `trl-score train` and the example scripts share."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -244,8 +245,14 @@ def test_a_folder_that_cannot_be_written_is_blamed(tmp_path, monkeypatch):
         error.value.code
         == f"`output_dir='{tmp_path}/file/run'` is no folder: '{tmp_path}/file' is a file. Give another one."
     )
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(PermissionError, match=r"cannot be written: '.*' does not allow it\. Give another"):
+    check_folder(tmp_path / "new" / "run")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]  # looking leaves nothing
+
+    def full(*args, **kwargs):  # root may write everywhere
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(PermissionError, match=r"'.*' does not allow it \(No space left on device\)\. Give another"):
         check_folder(tmp_path / "new" / "run")
 
 

@@ -8,7 +8,7 @@ import gc
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from .parsing import Parser
 from .records import check_folder, differences, disconnect, processes, strict_json
 from .rollout import save_rollout_settings
 from .sampling import checkpoint_identity, load_rendering
+from .score_config import check_bfloat16
 from .tasks import Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
 from .tasks.base import first
@@ -191,9 +192,18 @@ def fine_tune(model: str, dataset: Dataset, args: SFTConfig, model_args: ModelCo
     return steps
 
 
+@dataclass
+class BaselineConfig(SFTConfig):
+    """[`~trl.SFTConfig`] that says what to set on a machine without bfloat16."""
+
+    def __post_init__(self):
+        check_bfloat16(self)
+        super().__post_init__()
+
+
 def baselines_parser(**kwargs) -> Parser:
     """The parser of `trl-score baselines`."""
-    parser = Parser((BaselineArguments, SFTConfig, ModelConfig), "baselines", **kwargs)
+    parser = Parser((BaselineArguments, BaselineConfig, ModelConfig), "baselines", **kwargs)
     # Traces are as long as they are, and a process that has sampled its share waits for the others.
     parser.set_defaults(max_length=None, ddp_timeout=24 * 60 * 60)
     return parser

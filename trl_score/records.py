@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import tempfile
 import time
 from datetime import timedelta
 from importlib.metadata import version
@@ -50,10 +51,12 @@ def check_folder(folder: str | Path) -> None:
         raise NotADirectoryError(
             f"`output_dir={str(folder)!r}` is no folder: '{existing}' is a file. Give another one."
         )
-    if not os.access(existing, os.W_OK | os.X_OK):
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".trl-score-", dir=existing))
+    except OSError as error:
         raise PermissionError(
-            f"`output_dir={str(folder)!r}` cannot be written: '{existing}' does not allow it. Give another folder."
-        )
+            f"`output_dir={str(folder)!r}` cannot be written: '{existing}' does not allow it ({error.strerror}). Give another folder."
+        ) from error
 
 
 def disconnect() -> None:

@@ -3,10 +3,26 @@
 import warnings
 from dataclasses import dataclass, field
 
+from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
 
 from .decoding import NEUTRAL_GENERATION_KWARGS, TECHNICAL_GENERATION_KWARGS
+
+
+def check_bfloat16(args: TrainingArguments) -> None:
+    """
+    Whether the machine can train as asked. transformers refuses bfloat16 without a GPU, too, but does not say what to set.
+
+    Raises:
+        `ValueError`: If it cannot.
+    """
+    is_half = not args.fp16 if args.bf16 is None else args.bf16  # TRL's default
+    if is_half and not (args.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+        raise ValueError(
+            "Training is in bfloat16 by default (`bf16=True`), and this machine has no GPU that supports it. Set `use_cpu=True` to "
+            "train on the CPU in bfloat16, or `bf16=False` to train in float32."
+        )
 
 
 @dataclass
@@ -209,7 +225,7 @@ class SCoReConfig(GRPOConfig):
         self._check_stages()
         self._check_first_attempts()
         self._check_unsupported()
-        self._check_precision()
+        check_bfloat16(self)
         # TRL sets options whose names transformers has replaced. Under the new names they mean the same, without a warning.
         for name in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{name}", ...) is None:
@@ -344,16 +360,6 @@ class SCoReConfig(GRPOConfig):
         for name, (is_set, reason) in unsupported.items():
             if is_set:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported by SCoRe: {reason}")
-
-    def _check_precision(self):
-        """transformers refuses bfloat16 without a GPU, too, but does not say what to set."""
-        is_half = not self.fp16 if self.bf16 is None else self.bf16  # TRL's default
-        can_be_half = self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()
-        if is_half and not can_be_half:
-            raise ValueError(
-                "Training is in bfloat16 by default (`bf16=True`), and this machine has no GPU that supports it. Set `use_cpu=True` to "
-                "train on the CPU in bfloat16, or `bf16=False` to train in float32."
-            )
 
     def _warn_of_mismatch(self):
         changed = {
