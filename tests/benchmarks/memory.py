@@ -126,7 +126,7 @@ def table() -> str:
         for gpu, sizes in gpus.items():
             parts = estimate(settings, sizes)
             values = [f"{parts[part] / GB:.1f}" for part in names[:-1]] + [f"**{parts['total'] / GB:.0f}**"]
-            first = f"[{name}](../examples/configs/{name}.yaml)" if gpu == 24 else ""
+            first = f"[{name}](../trl_score/configs/{name}.yaml)" if gpu == 24 else ""
             lines.append("| " + " | ".join([first, str(gpu), *map(str, sizes), *values]) + " |")
     return "\n".join(lines)
 
