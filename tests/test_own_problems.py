@@ -206,8 +206,16 @@ def test_splits_of_reasoning_gym_are_the_same_each_time_and_disjoint(gym):
 
 
 def test_an_attempt_that_the_grader_cannot_read_is_wrong(gym, monkeypatch):
-    monkeypatch.setattr(type(gym._data["test"]), "score_answer", lambda *_: 1 / 0)
+    kind = type(gym._data["test"])
+    grade = kind.score_answer
+    monkeypatch.setattr(kind, "score_answer", lambda self, answer, entry: grade(self, str(int(answer)), entry))
     assert gym.reward(["?"], split=["test"], number=[0]) == [0.0]
+
+
+def test_a_grader_that_fails_on_the_right_answer_is_an_error(gym, monkeypatch):
+    monkeypatch.setattr(type(gym._data["test"]), "score_answer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gym.reward(["?"], split=["test"], number=[0])
 
 
 def test_what_reasoning_gym_does_not_have_is_said(gym):
