@@ -19,10 +19,8 @@ def made(texts, rewards, num_generations=1):
         num_generations,
         ["please check again"] * rows,
         [None] * rows,
-        None,
-        completions,
-        [],
-        rewards,
+        completions=completions,
+        rewards=rewards,
     )
 
 
