@@ -12,6 +12,7 @@ import pytest
 from trl_score.records import Store
 from trl_score.report import COLORS, find, training_figure, write_report
 from trl_score.report.figures import attempts_figure, figures, smoothed, stage_boundaries, style
+from trl_score.report.mathematics import formulas
 from trl_score.report.tables import paired_difference, statistics_rows
 
 
@@ -454,3 +455,37 @@ def test_the_page_is_accessible(whole, open_page, width, scheme):
         "axe.run().then(result => result.violations.map(each => [each.id, each.nodes[0].html]))"
     )
     assert violations == [] and page.evaluate("document.documentElement.scrollWidth") == width
+
+
+# --- formulas ---
+
+
+def test_formulas_become_mathml_and_nothing_else():
+    half = ["mfrac", {}, ["mrow", {}, ["mn", {}, "1"]], ["mrow", {}, ["mn", {}, "2"]]]
+    code = "```\n$\\frac{9}{9}$\n```"
+    found = formulas(["It is $\\frac{1}{2}$, not $5 or $6.", code, "\\[x^2\\] and $\\frac{1}{2}$"])
+    assert found.keys() == {"$\\frac{1}{2}$", "\\[x^2\\]"}
+    assert found["$\\frac{1}{2}$"] == ["math", {}, ["mrow", {}, half]]
+    assert found["\\[x^2\\]"][1] == {"display": "block"}
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "$\\href{javascript:alert(1)}{x}$",
+        "$\\nosuchcommand{x}$",
+        "$\\frac$",
+        "$" + "x" * 3000 + "$",
+        "$" + "{" * 900 + "$",
+    ],
+    ids=["link", "unknown", "incomplete", "long", "deep"],
+)
+def test_formulas_that_are_not_taken(formula):
+    assert formulas([formula]) == {}
+
+
+def test_no_style_or_tag_of_a_formula_comes_through():
+    tree = formulas(["$\\style{position:fixed}{x} \\color{red}{y} \\text{<script>alert(1)</script>}$"])
+    text = json.dumps(tree)
+    assert "position" not in text.replace("\\\\style{position:fixed}", "") and '"mathcolor"' not in text
+    assert '["mtext", {}, "<script>alert(1)</script>"]' in text and '"script"' not in text

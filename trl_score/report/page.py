@@ -1,7 +1,6 @@
 """The page: figures, tables and rollouts put into one file."""
 
 import json
-import re
 from importlib import resources
 from pathlib import Path
 
@@ -9,10 +8,8 @@ from jinja2 import Environment
 
 from .figures import COLORS, figures, svg, svg_for_page
 from .folders import Found, find, instruction
+from .mathematics import formulas
 from .tables import difference_rows, instructions, level_rows, metric_rows, settings_rows, statistics_rows
-
-
-MATHEMATICS = re.compile(r"\$[^\s$]|\\\\[(\[]")  # in JSON, where a backslash is two
 
 
 def asset(name: str) -> str:
@@ -31,8 +28,8 @@ def browser_data(found: Found, limit: int) -> dict:
             Rollouts of each evaluation.
 
     Returns:
-        `dict`: `problems`, the text of each; and `evaluations`, with `name`, `instruction`, `all` (how many rollouts there are)
-        and `rows`, in which `problem` is a position in `problems`.
+        `dict`: `problems`, the text of each; `evaluations`, with `name`, `instruction`, `all` (how many rollouts there are)
+        and `rows`, in which `problem` is a position in `problems`; and `formulas` of [`~trl_score.report.mathematics.formulas`].
     """
     problems, evaluations = {}, []
     for name, evaluation in found.evaluations.items():
@@ -54,7 +51,9 @@ def browser_data(found: Found, limit: int) -> dict:
         evaluations.append(
             {"name": name, "instruction": instruction(evaluation), "rows": rows, "all": len(evaluation.rollouts)}
         )
-    return {"problems": [text for _, text in problems], "evaluations": evaluations}
+    written = [text for each in evaluations for row in each["rows"] for text in (*row["attempts"], *row["feedback"])]
+    texts = [text for _, text in problems]
+    return {"problems": texts, "evaluations": evaluations, "formulas": formulas([*texts, *written])}
 
 
 def transition(row: dict) -> str:
@@ -100,8 +99,8 @@ def write_report(
 
 def page(found: Found, made: dict, max_rollouts: int) -> str:
     """The HTML of what was found and the figures that were made of it."""
-    data = json.dumps(browser_data(found, max_rollouts), ensure_ascii=False)
-    mathematics = MATHEMATICS.search(data) is not None
+    browser = browser_data(found, max_rollouts)
+    data = json.dumps(browser, ensure_ascii=False)
     evaluations = found.evaluations
     compared, differences = difference_rows(evaluations) if evaluations else ([], [])
     level_columns, levels = level_rows(evaluations) if evaluations else ([], [])
@@ -124,9 +123,9 @@ def page(found: Found, made: dict, max_rollouts: int) -> str:
             runs=runs,
             settings=settings,
             figures=[(name, title, svg_for_page(figure, name, text)) for name, (title, text, figure) in made.items()],
-            css=asset("report.css") + (asset("temml.css") if mathematics else ""),
+            css=asset("report.css"),
             js=asset("report.js"),
-            temml=asset("temml.min.js") if mathematics else "",
+            mathematics=bool(browser["formulas"]),
             # Inside a script element only "<" could end it or begin a comment.
             data=data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"),
         )

@@ -1,6 +1,6 @@
 "use strict";
-// The browser of rollouts. Texts of models are only ever put in as text; mathematics in them goes through Temml, which makes
-// MathML and no other elements.
+// The browser of rollouts. Texts of models are only ever put in as text. Formulas in them are built from `data.formulas`, which has
+// elements of MathML and no others (mathematics.py).
 const data = JSON.parse(document.getElementById("data").textContent);
 const TRANSITIONS = ["i→c", "c→i", "i→i", "c→c", "?"];
 const PAGE = matchMedia("(max-width: 700px)").matches ? 8 : 25, MOST_WORDS = 1500;
@@ -23,12 +23,20 @@ const WORDS = /\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/.source;
 const rendered = () => get("mathematics").checked;
 const words = text => text.match(new RegExp(rendered() ? `${FORMULA}|${WORDS}` : WORDS, "gu")) || [];
 
+const MATHML = "http://www.w3.org/1998/Math/MathML";
+
+function built([tag, attributes, ...children]) {
+  const element = document.createElementNS(MATHML, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  for (const child of children) element.append(typeof child === "string" ? child : built(child));
+  return element;
+}
+
 function formula(text) {
-  if (!/^(\$|\\[[(])/.test(text) || text.length < 3) return null;
-  const display = text.startsWith("$$") || text.startsWith("\\["), edge = text.startsWith("$") && !display ? 1 : 2;
+  if (!Object.hasOwn(data.formulas, text)) return null;  // no formula, or one that could not be converted: shown as it is
+  const display = text.startsWith("$$") || text.startsWith("\\[");
   const box = make("span", undefined, display ? "formula display" : "formula");
-  try { temml.render(text.slice(edge, -edge), box, { displayMode: display, throwOnError: true, trust: false, macros: {} }); }
-  catch { return null; }  // not LaTeX, or more than Temml knows: shown as it is
+  box.append(built(data.formulas[text]));
   return box;
 }
 
