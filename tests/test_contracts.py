@@ -46,7 +46,7 @@ def batch_of(trainer) -> dict:
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_an_overridden_method_takes_what_trl_passes(name):
-    """Every argument of TRL's method fits ours, and ours has none that TRL's has not."""
+    """Every argument of TRL's method fits ours, and TRL has every argument of ours."""
     theirs = inspect.signature(getattr(GRPOTrainer, name)).parameters
     ours = inspect.signature(vars(SCoReTrainer)[name])
     named = {each for each, item in theirs.items() if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)}
@@ -62,7 +62,7 @@ def test_an_overridden_method_takes_what_trl_passes(name):
 
 
 def test_the_hooks_that_make_the_method_are_overridden_methods_of_trl():
-    """A hook that TRL renames is no longer called, and training goes on as plain GRPO."""
+    """A hook that TRL renames is no longer called, and training becomes plain GRPO."""
     needed = {
         "_generate",
         "_generate_and_score_completions",

@@ -202,7 +202,7 @@ def test_arguments_that_cannot_work_are_refused(settings, message):
     ],
 )
 def test_a_machine_without_bfloat16_trains_or_says_what_to_add(tmp_path, monkeypatch, settings, model, bf16):
-    monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("trl_score.score_config.is_torch_bf16_gpu_available", lambda: False)
     config = TrainConfig(output_dir=str(tmp_path), **settings)
     if bf16 is None:
         with pytest.raises(SystemExit, match="Add `--use_cpu` to train on the CPU"):
@@ -228,7 +228,7 @@ def test_a_machine_without_bfloat16_trains_or_says_what_to_add(tmp_path, monkeyp
     ],
 )  # fmt: skip
 def test_mistakes_are_said_in_one_line_and_before_devices(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("trl_score.score_config.is_torch_bf16_gpu_available", lambda: False)
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr(sys, "argv", ["train", *arguments, "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit) as error:

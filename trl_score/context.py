@@ -17,10 +17,10 @@ ROWS_AT_A_TIME = 1000  # prompts tokenized in one call
 STREAMED_ROWS = 100  # read from a streamed dataset to check it; the rest is checked batch by batch
 
 
-def context_limit(config: PretrainedConfig, args: SCoReConfig) -> int | None:
-    """Tokens that the model, and vLLM if it samples, can read; `None` if there is no limit."""
+def context_limit(config: PretrainedConfig, args: SCoReConfig | None = None) -> int | None:
+    """Tokens that the model can read, and vLLM if a trainer samples with it; `None` if there is no limit."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None)]
-    limits += [args.vllm_max_model_length] if args.use_vllm else []
+    limits += [args.vllm_max_model_length] if args is not None and args.use_vllm else []
     return min((limit for limit in limits if limit is not None), default=None)
 
 

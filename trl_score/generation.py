@@ -219,14 +219,15 @@ class AllAttempts:
         How many tokens of each row the model reads next: 1, or more while all rows are in a bridge. So short attempts that end
         together, as those that are cut off do, cost one forward pass for their bridges and not one for each of the tokens.
         """
+        unread = [len(row.unread) for row in self.rows if not row.ended]  # none while other processes are not done
+        number = min(unread, default=0)
+        if number <= 1:
+            return 1
         caches = [each for each in model_kwargs.values() if isinstance(each, Cache)]
         layers = [layer for cache in caches for layer in getattr(cache, "layers", [None])]
         # The state of a recurrent layer takes one token at a time.
         is_recurrent = not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-        if is_recurrent or (model_kwargs.get("use_cache") and not caches):
-            return 1
-        unread = [len(row.unread) for row in self.rows if not row.ended]  # none while other processes are not done
-        return max(min(unread, default=1), 1)
+        return 1 if is_recurrent or (model_kwargs.get("use_cache") and not caches) else number
 
     def _next(self, row: Row, sampled: int, number: int) -> list[int]:
         """The `number` tokens that the model reads next in a row."""

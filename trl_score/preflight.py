@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 import psutil
 import torch
 
-from .context import ContextCheck
+from .context import ContextCheck, context_limit
 from .evaluation import evaluate
 from .jobs import Plan, grade
 from .metrics import metric
@@ -265,9 +265,7 @@ def check_tokens(task: Task, rows, sampler: TokenSampler, job) -> list[Finding]:
             "end token", "ok", f"an attempt ends with {tokenizer.convert_ids_to_tokens(sorted(sampler.eos_token_ids))}"
         ),
     ]
-    limit = None
-    if isinstance(sampler, TransformersSampler):
-        limit = getattr(sampler.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(sampler.model.config) if isinstance(sampler, TransformersSampler) else None
     try:
         ContextCheck(limit, job.max_completion_length, bridge).check_rows(
             "the split",

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import takewhile
 from pathlib import Path
 
@@ -358,6 +358,25 @@ class Bridge:
         """
         rendered = self.rendered(prompts, instructions, attempt)
         return [self.join(ids, *each) for ids, each in zip(attempt_ids, rendered, strict=True)]
+
+    def by_row(
+        self, prompts: list, instructions: Callable[[int], list[str]]
+    ) -> Callable[[int, int, list[int]], list[int]]:
+        """
+        The bridges of a batch, one row at a time: what is rendered for an attempt is rendered once, for all rows.
+
+        Args:
+            prompts (`list`):
+                `B` prompts, chat messages or text.
+            instructions (`Callable[[int], list[str]]`):
+                The `B` correction instructions after attempt `attempt`, from 1.
+
+        Returns:
+            `Callable[[int, int, list[int]], list[int]]`: from an attempt, from 1, a row, from 0, and the sampled ids of that attempt
+            to the bridge after it.
+        """
+        rendered = cache(lambda attempt: self.rendered(prompts, instructions(attempt), attempt))
+        return lambda attempt, row, attempt_ids: self.join(attempt_ids, *rendered(attempt)[row])
 
     def rendered(self, prompts: list, instructions: list[str], attempt: int) -> list[tuple[list[int], int]]:
         """

@@ -175,11 +175,10 @@ class TokenSampler(Sampler):
         self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
         bridge = Bridge(self.tokenizer, self.chat_template_kwargs, end_token_ids=self.eos_token_ids)
-        rendered = cache(lambda k: bridge.rendered(prompts, [instructions[k - 1]] * len(prompts), k))
         number = len(instructions) + 1
         rollouts = self.roll_out(
             [self.tokenize(prompt) for prompt in prompts],
-            lambda k, row, ids: bridge.join(ids, *rendered(k)[row]),
+            bridge.by_row(prompts, lambda attempt: [instructions[attempt - 1]] * len(prompts)),
             number,
             decoding,
             seed + 1 + given,

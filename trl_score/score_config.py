@@ -10,6 +10,12 @@ from trl import GRPOConfig
 from .decoding import NEUTRAL_GENERATION_KWARGS, TECHNICAL_GENERATION_KWARGS
 
 
+def lacks_bfloat16(args: TrainingArguments) -> bool:
+    """Whether training is asked in bfloat16, which this machine cannot do."""
+    is_half = not args.fp16 if args.bf16 is None else args.bf16  # TRL's default
+    return bool(is_half) and not (args.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available())
+
+
 def check_bfloat16(args: TrainingArguments) -> None:
     """
     Whether the machine can train as asked. transformers refuses bfloat16 without a GPU, too, but does not say what to set.
@@ -17,8 +23,7 @@ def check_bfloat16(args: TrainingArguments) -> None:
     Raises:
         `ValueError`: If it cannot.
     """
-    is_half = not args.fp16 if args.bf16 is None else args.bf16  # TRL's default
-    if is_half and not (args.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+    if lacks_bfloat16(args):
         raise ValueError(
             "Training is in bfloat16 by default (`bf16=True`), and this machine has no GPU that supports it. Set `use_cpu=True` to "
             "train on the CPU in bfloat16, or `bf16=False` to train in float32."

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from unittest.mock import patch
@@ -388,10 +388,9 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
 
     def _generate_all(self, prompts: list, prompt_ids: list[list[int]]) -> Rollouts:
         batch = self._batch
-        rendered = cache(partial(self._bridge.rendered, prompts, batch.instructions))
         attempts = AllAttempts(
             prompt_ids,
-            lambda attempt, row, ids: self._bridge.join(ids, *rendered(attempt)[row]),
+            self._bridge.by_row(prompts, lambda attempt: batch.instructions),
             self.eos_token_ids,
             batch.num_attempts,
             batch.stored,

@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .arguments import TrainArguments
@@ -25,7 +24,7 @@ from .metrics import label
 from .parsing import Parser
 from .records import check_folder, disconnect, strict_json
 from .resuming import checkpoints, is_whole
-from .score_config import SCoReConfig
+from .score_config import SCoReConfig, lacks_bfloat16
 from .score_trainer import SCoReTrainer
 from .tasks import Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
@@ -66,7 +65,7 @@ class TrainConfig(SCoReConfig):
 
     def __post_init__(self):
         self.asked_bf16 = self.bf16
-        self.lacks_bf16 = not (self.bf16 is False or self.fp16 or self.use_cpu or is_torch_bf16_gpu_available())
+        self.lacks_bf16 = lacks_bfloat16(self)
         if self.lacks_bf16:
             self.bf16 = False
         super().__post_init__()

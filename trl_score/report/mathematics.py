@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 from latex2mathml.converter import convert_to_element
 
 
-# `$..$` as pandoc reads it, `$$..$$`, `\(..\)`, `\[..\]`; report.js finds formulas by the same expressions.
+# `$..$` as pandoc reads it, `$$..$$`, `\(..\)`, `\[..\]`; the page gets these two expressions in its data.
 FENCE = r"```[\s\S]*?(?:```|$)"  # code has none
 FORMULA = r"\$\$[\s\S]+?\$\$|\\\[[\s\S]+?\\\]|\\\([\s\S]+?\\\)|\$(?![\s$])(?:\\.|[^$\\\n])*?(?<!\s)\$(?!\d)"
 PARTS = re.compile(f"({FENCE})|({FORMULA})")

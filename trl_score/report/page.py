@@ -8,7 +8,7 @@ from jinja2 import Environment
 
 from .figures import COLORS, figures, svg, svg_for_page
 from .folders import Found, find, instruction
-from .mathematics import formulas
+from .mathematics import FENCE, FORMULA, formulas
 from .tables import difference_rows, instructions, level_rows, metric_rows, settings_rows, statistics_rows
 
 
@@ -29,7 +29,8 @@ def browser_data(found: Found, limit: int) -> dict:
 
     Returns:
         `dict`: `problems`, the text of each; `evaluations`, with `name`, `instruction`, `all` (how many rollouts there are)
-        and `rows`, in which `problem` is a position in `problems`; and `formulas` of [`~trl_score.report.mathematics.formulas`].
+        and `rows`, in which `problem` is a position in `problems`; `formulas` of [`~trl_score.report.mathematics.formulas`]; and
+        the `patterns` by which it finds them.
     """
     problems, evaluations = {}, []
     for name, evaluation in found.evaluations.items():
@@ -53,7 +54,12 @@ def browser_data(found: Found, limit: int) -> dict:
         )
     written = [text for each in evaluations for row in each["rows"] for text in (*row["attempts"], *row["feedback"])]
     texts = [text for _, text in problems]
-    return {"problems": texts, "evaluations": evaluations, "formulas": formulas([*texts, *written])}
+    return {
+        "problems": texts,
+        "evaluations": evaluations,
+        "formulas": formulas([*texts, *written]),
+        "patterns": {"fence": FENCE, "formula": FORMULA},
+    }
 
 
 def transition(row: dict) -> str:

@@ -17,8 +17,7 @@ let page = 0, shown = [];
 // --- texts ---
 
 // A formula is one word: `$..$` as pandoc reads it, `$$..$$`, `\(..\)`, `\[..\]`. Code in fences has none.
-const FENCE = /```[\s\S]*?(?:```|$)/.source;
-const FORMULA = /\$\$[\s\S]+?\$\$|\\\[[\s\S]+?\\\]|\\\([\s\S]+?\\\)|\$(?![\s$])(?:\\.|[^$\\\n])*?(?<!\s)\$(?!\d)/.source;
+const { fence: FENCE, formula: FORMULA } = data.patterns;  // of mathematics.py
 const WORDS = /\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/.source;
 const rendered = () => get("mathematics").checked;
 const words = text => text.match(new RegExp(rendered() ? `${FORMULA}|${WORDS}` : WORDS, "gu")) || [];
