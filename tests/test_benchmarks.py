@@ -45,6 +45,7 @@ def test_step_beside_a_plain_loop(run):
     """It checks that both get attempts of the same lengths."""
     out = run("peer.py", "--models", "tiny", "--lengths", "4", "--micro_batch", "2", *SMALL)
     assert re.search(r"4 tokens: a step, ours / the plain loop +[\d.]+", out)
+    assert re.search(r"4 tokens: its most memory, likewise +[\d.]+", out)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -34,7 +35,11 @@ QWEN = {  # of Qwen2.5
     "1.5b": (1536, 8960, 28, 12, 2, 151936),
     "7b": (3584, 18944, 28, 28, 4, 152064),
 }
-LLAMA = {"tiny": (96, 288, 3, 4, 2, 8192), "30m": (512, 1536, 8, 8, 4, 8192)}
+LLAMA = {
+    "tiny": (96, 288, 3, 4, 2, 8192),
+    "30m": (512, 1536, 8, 8, 4, 8192),
+    "135m": (576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
+}
 SIZES = [*LLAMA, *QWEN]
 logging.disable_progress_bar()
 
@@ -142,6 +147,20 @@ def cpu_seconds(function: Callable, check: Callable | None = None) -> float:
     if check is not None:
         check(result)
     return spent
+
+
+def peak_bytes(function: Callable) -> int:
+    """Most memory in use during a call, beside what was there before, summed from PyTorch's allocations."""
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
+    return in_use.max().item()
 
 
 class Clock:

@@ -7,7 +7,8 @@ The plain loop generates each attempt in a call of its own that reads the whole 
 the reference for each attempt, over the whole batch padded to its longest row, with logits at all positions; the reward of attempt 2
 weighs both attempts, without a baseline. Ours is `SCoReTrainer.train()`. Both train a random model with AdamW on as many rollouts of
 two attempts, of the same log-normal lengths, in turn within one run. CPU seconds of this process, or seconds on a GPU. Medians of the
-ratios of neighbouring steps, with the smallest and the largest. `--help` shows the sizes.
+ratios of neighbouring steps, with the smallest and the largest; and the most memory that a step takes beside what was there before
+(models and optimizer states are there before). `--help` shows the sizes.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from common import (
     header,
     line,
     make_model,
+    peak_bytes,
     problems,
     ragged_lengths,
     random_ids,
@@ -157,9 +159,10 @@ def main() -> None:
                     lengths = ragged_lengths(mean, args.batch, 2)
                     order = (ours, plain) if repeat % 2 else (plain, ours)
                     pairs.append({each: cpu_seconds(partial(each.step, lengths)) for each in order})
-                line(
-                    f"{mean:,} tokens: a step, ours / the plain loop", [each[ours] / each[plain] for each in pairs[1:]]
-                )
+                what = f"{mean:,} tokens: a step, ours / the plain loop"
+                line(what, [each[ours] / each[plain] for each in pairs[1:]])
+                peaks = {each: peak_bytes(partial(each.step, lengths)) for each in (ours, plain)}
+                line(f"{mean:,} tokens: its most memory, likewise", [peaks[ours] / peaks[plain]])
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from common import (
     cpu_seconds,
     header,
     line,
+    peak_bytes,
     problems,
     ragged_lengths,
     random_ids,
     reward,
     save_model,
 )
-from torch.profiler import ProfilerActivity, profile
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad, split_tensor_dict
 
@@ -144,21 +144,6 @@ def seconds(trainer: GRPOTrainer, losses: list) -> float:
     return cpu_seconds(update)
 
 
-def peak_bytes(trainer: GRPOTrainer, losses: list) -> int:
-    """Most memory in use during an update, beside what was before."""
-    trainer.model.zero_grad()
-    if DEVICE == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        seconds(trainer, losses)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        seconds(trainer, losses)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    in_use = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
-    return in_use.max().item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="An update beside stock GRPO, and beside a forward for each attempt.")
     parser.add_argument("--models", nargs="+", default=["tiny", "30m"], choices=SIZES)
@@ -206,7 +191,7 @@ def main() -> None:
                 with torch.no_grad():
                     found.append({kind: cpu_seconds(references[kind]) for kind in order})
             line(f"{what}time of the reference, ours / stock", [each["ours"] / each["stock"] for each in found])
-            peaks = {kind: peak_bytes(*updates[kind]) for kind in ("ours", "stock")}
+            peaks = {kind: peak_bytes(partial(seconds, *updates[kind])) for kind in ("ours", "stock")}
             line(f"{what}most memory, ours / stock", [peaks["ours"] / peaks["stock"]])
 
 
