@@ -1,26 +1,26 @@
 """
-Makes the pictures of README.md and of reading_a_run.md: `python docs/make_images.py`, some minutes on two CPU cores.
+Makes the pictures of README.md and of reading_a_run.md: `python docs/make_images.py`, ten minutes on two CPU cores.
 
-Two runs of the embedded task: the recipe, and one without Stage I and without the bonus, which collapses to copying. The picture
-of the report needs Chromium and `pip install playwright`.
+Two runs of the embedded task: README's first command, and one without Stage I and without the bonus, which collapses to copying. A
+run that is in the folder already is used again. The picture of the report needs Chromium and `pip install playwright`.
 """
 
+import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-import yaml
 from matplotlib.figure import Figure
 
-from trl_score import SCoReConfig, SCoReTrainer, evaluate_self_correction, inference_scaling
-from trl_score.report import write_report
-from trl_score.tasks import Arithmetic
+from trl_score import evaluate_self_correction, inference_scaling
+from trl_score.report import STATE, write_report
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 
-ROOT = Path(__file__).parents[1]
-IMAGES = ROOT / "docs" / "images"
-RUNS = {"SCoRe": {}, "collapsed": {"stage1_steps": 0, "alpha": 0}}
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+COMMAND = [sys.executable, "-m", "trl_score.cli", "train", "--task", "arithmetic", "--use_cpu"]
+RUNS = {"SCoRe": [], "collapsed": ["--stage1_steps", "0", "--alpha", "0"]}
 PANELS = (  # title, and a label for each key
     ("accuracy", {"accuracy_t1": "attempt 1", "accuracy_t2": "attempt 2"}),
     ("share of rollouts", {"changed_ratio": "changed", "delta_i_to_c": "i→c", "delta_c_to_i": "c→i"}),
@@ -29,20 +29,11 @@ PANELS = (  # title, and a label for each key
 COLORS = ("tab:blue", "tab:orange", "tab:green")
 
 
-def run(folder: Path, changes: dict) -> list[dict]:
-    """Train the embedded task with its configuration and `changes`. Returns the logs with a stage."""
-    settings = yaml.safe_load((ROOT / "examples" / "configs" / "arithmetic.yaml").read_text())
-    task = Arithmetic()
-    settings |= {"correction_instruction": task.correction_instruction, "output_dir": str(folder), "use_cpu": True}
-    settings |= changes
-    del settings["task"]
-    trainer = SCoReTrainer(
-        str(BASE_MODEL_PATH), task.reward, SCoReConfig(**settings), train_dataset=task.load("train")
-    )
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    return [log for log in trainer.state.log_history if "stage" in log]
+def run(folder: Path, changes: list[str]) -> list[dict]:
+    """Train the embedded task with further options. Returns the logs with a stage."""
+    if not (folder / STATE).exists():
+        subprocess.run([*COMMAND, "--output_dir", str(folder), *changes], check=True)
+    return [log for log in json.loads((folder / STATE).read_text())["log_history"] if "stage" in log]
 
 
 def draw(histories: dict[str, list[dict]]) -> Figure:

@@ -1,6 +1,7 @@
 import json
 import os
 import uuid
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 
 from trl_score import CollapseAlarm, KeepBestCheckpoint, SCoReTrainer
 from trl_score.callbacks import best_checkpoint
+from trl_score.objective import two_stages
 
 
 TWO_ATTEMPTS = SimpleNamespace(num_attempts=2)
@@ -88,6 +90,32 @@ def test_the_alarm_counts_steps_however_many_a_log_covers(interval, window, sets
     assert found.index(1.0) + 1 == sets_off
 
 
+def of_three(alarm, state, **changed):
+    logs = {"stage": 2.0, "changed_ratio": 0.5, "delta_i_to_c": 0.1, "accuracy_t1": 0.5, **changed}
+    state.global_step += 1
+    state.log_history.append(logs | {"step": state.global_step})
+    alarm.on_log(SimpleNamespace(num_attempts=3), state, None, logs=logs)
+    return logs["collapse"]
+
+
+@pytest.mark.parametrize("copied", [1, 2])
+def test_one_copied_attempt_of_three_sets_off_the_alarm(caplog, copied):
+    """Half of the neighbours differ on average, and one attempt is always a copy."""
+    alarm, state = CollapseAlarm(3), TrainerState()
+    changed = {f"changed_ratio_t{k}_t{k + 1}": float(k != copied) for k in (1, 2)}
+    assert [of_three(alarm, state, **changed) for _ in range(4)] == [0, 0, 1, 1]
+    assert f"0.00% of the attempts differ from attempt {copied}" in caplog.text
+    assert f"100.00% of the attempts differ from attempt {3 - copied}" in caplog.text
+
+
+def test_copies_of_an_attempt_that_is_not_trained_yet_are_no_collapse():
+    """Stage I trains attempt 2 in steps 1 to 4 and attempt 3 in steps 5 to 8: only copies of the latter steps count."""
+    alarm, state = CollapseAlarm(2), TrainerState()
+    alarm.stage_at = partial(two_stages, max_steps=12, stage1_steps=8, num_attempts=3)
+    changed = {"stage": 1.0, "changed_ratio_t1_t2": 1.0, "changed_ratio_t2_t3": 0.0}
+    assert [of_three(alarm, state, **changed) for _ in range(6)] == [0, 0, 0, 0, 0, 1]
+
+
 class Tracker(TrainerCallback):
     """What TensorBoard, trackio and W&B get through `report_to`: the logs that callbacks see."""
 
@@ -124,6 +152,34 @@ def test_naive_training_sets_off_the_alarm(make_arithmetic_trainer, caplog, stag
     assert {"collapse", "accuracy_t1", "delta_i_to_c", "kl_t2", "stage"} <= tracker.keys
 
 
+def test_a_copied_second_attempt_is_seen_beside_a_third_that_changes(make_arithmetic_trainer, caplog):
+    """A real run, whose third attempts differ from the second, which are copies of the first."""
+    trainer = make_arithmetic_trainer(
+        {"callbacks": [CollapseAlarm(2)]},
+        max_steps=3,
+        stage1_steps=0,
+        num_attempts=3,
+        per_device_train_batch_size=16,
+    )
+    trainer._roll_out, original = None, trainer._roll_out
+
+    def repeat(prompts, self):
+        output = original(prompts, self)
+        for row in trainer._batch.rollouts.attempts:
+            row[1], row[2] = row[0], [*row[0], row[0][-1]]
+        return output
+
+    trainer.rollout_func = repeat
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "stage" in entry]
+    assert [entry["collapse"] for entry in logs] == [0.0, 1.0, 1.0]
+    for entry in logs:
+        assert (entry["changed_ratio_t1_t2"], entry["changed_ratio_t2_t3"], entry["changed_ratio"]) == (0, 1, 0.5)
+        assert entry["edit_distance_ratio_t1_t2"] == 0 and 0 < entry["edit_distance_ratio_t2_t3"]
+        assert entry["edit_distance_ratio"] == pytest.approx(entry["edit_distance_ratio_t2_t3"] / 2)
+    assert "differ from attempt 1" in caplog.text
+
+
 @pytest.mark.parametrize("when", ["on_train_begin", "on_log", "on_train_end"])
 def test_a_tracker_that_fails_does_not_end_the_run(make_arithmetic_trainer, caplog, monkeypatch, when):
     pytest.importorskip("tensorboard")
@@ -137,6 +193,21 @@ def test_a_tracker_that_fails_does_not_end_the_run(make_arithmetic_trainer, capl
     assert trainer.state.global_step == 2 and len(trainer.state.log_history) == 3
     assert caplog.text.count("TensorBoardCallback failed, so the run continues without it") == 1
     assert "no route to host" in caplog.text and trainer.args.report_to == []
+
+
+def test_tensorboard_shows_the_attempts_in_one_another(make_arithmetic_trainer):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    layout_pb2 = pytest.importorskip("tensorboard.plugins.custom_scalar.layout_pb2")
+    trainer = make_arithmetic_trainer(max_steps=1, report_to="tensorboard", eval_strategy="steps", save_strategy="no")
+    trainer.train()
+    (folder,) = {file.parent for file in Path(trainer.args.output_dir).rglob("events.out.tfevents*")}
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    tensor = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout = layout_pb2.Layout.FromString(tensor)
+    shown = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert shown["accuracy"] == ["train/accuracy_t1", "train/accuracy_t2"]
+    logged = set(events.Tags()["scalars"])
+    assert {tag for tags in shown.values() for tag in tags} <= logged
 
 
 def test_a_figure_that_fails_does_not_end_the_run(make_arithmetic_trainer, caplog, monkeypatch):

@@ -136,3 +136,12 @@ def test_a_mask_of_tool_tokens_leaves_tokens_out_of_the_loss(make_stock_trainer)
     for mask in (torch.ones_like(inputs["completion_mask"]), torch.zeros_like(inputs["completion_mask"])):
         losses.append(trainer._compute_loss(trainer.model, inputs | {"tool_mask": mask}).item())
     assert losses[0] != 0 and losses[1] == 0, f"TRL {trl.__version__} no longer masks by `tool_mask`."
+
+
+def test_no_completions_are_printed_for_a_number_below_zero(make_stock_trainer, tmp_path, capsys):
+    """SCoRe prints dialogues of its own, and leaves TRL's files and tables of trackers as they are."""
+    trainer = make_stock_trainer(log_completions=True, logging_steps=1, save_strategy="no")
+    trainer.num_completions_to_print = -1
+    trainer.train()
+    assert "Advantage" not in capsys.readouterr().out, f"TRL {trl.__version__} prints its table of completions anyway"
+    assert list(tmp_path.glob("completions/*.parquet"))

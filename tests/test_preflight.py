@@ -19,7 +19,7 @@ from trl_score.preflight import (
     estimate_memory,
     judge,
 )
-from trl_score.sampling import TransformersSampler
+from trl_score.sampling import Decoding, TokenSampler, TransformersSampler
 from trl_score.tasks import Arithmetic, get_task
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
@@ -127,6 +127,31 @@ def test_template_turn_end_and_context_are_looked_at(letters_model):
     assert found["context"].state == "bad" and "context of 64 tokens is too short" in found["context"].text
     assert AutoTokenizer.from_pretrained(letters_model).chat_template is None
     assert look(letters_model)["template"].state == "bad"
+
+
+def test_the_longest_rollout_is_counted_to_the_token():
+    """A rollout whose attempts are all cut off has as many tokens as the estimate for the same rows."""
+    task, sampler = Arithmetic(), TransformersSampler(BASE)
+    rows = task.load("train").select(range(16))
+    job = Job(task="t", correction_instruction=task.correction_instruction, max_completion_length=3)
+    digit = sampler.tokenizer.convert_tokens_to_ids("1")
+    sampler.generate = lambda contexts, decoding, seed: [[digit] * 3 for _ in contexts]
+    rollouts = TokenSampler.roll_out(
+        sampler,
+        [sampler.tokenize(prompt) for prompt in rows["prompt"]],
+        sampler.bridge.by_row(rows["prompt"], lambda attempt: [job.correction_instruction] * len(rows)),
+        2,
+        Decoding(max_completion_length=3),
+        seed=0,
+    )
+    sampled = [len(ids) + len(own) for ids, own in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
+    assert preflight.longest(rows, sampler, job) == max(sampled)
+
+
+def test_a_model_without_a_chat_template_is_told_so(letters_model):
+    """Nothing else is estimated of a prompt that cannot be rendered."""
+    found = check(letters_model, Arithmetic(), limit=2)
+    assert (found.worth, found.advice) == ("no", ["Mend the template first."]) and not found.metrics
 
 
 def test_memory_is_that_of_the_weights_and_of_the_rollouts(monkeypatch):

@@ -284,20 +284,6 @@ def test_the_time_left_counts_from_the_step_that_a_run_resumes_from():
     bar.on_train_end(None, state, None)
 
 
-def test_tensorboard_shows_the_attempts_in_one_another(run, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    layout_pb2 = pytest.importorskip("tensorboard.plugins.custom_scalar.layout_pb2")
-    run(report_to=["tensorboard"])
-    (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}
-    events = accumulator.EventAccumulator(str(folder)).Reload()
-    tensor = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    layout = layout_pb2.Layout.FromString(tensor)
-    shown = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-    assert shown["accuracy"] == ["train/accuracy_t1", "train/accuracy_t2"]
-    logged = set(events.Tags()["scalars"])
-    assert {tag for tags in shown.values() for tag in tags} <= logged
-
-
 # Ctrl-C
 
 

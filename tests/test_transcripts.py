@@ -1,5 +1,9 @@
 """`log_completions`: rollouts as dialogues that fit the console."""
 
+from pathlib import Path
+
+import pandas as pd
+import pytest
 import torch
 
 from trl_score.batch import Batch
@@ -73,3 +77,26 @@ def test_a_training_shows_them(make_arithmetic_trainer, capsys):
     attempt = evaluated.split("attempt 1: ")[1]
     verdict, said = attempt.split(",")[0], attempt.split("\n  ")[1].split("\n")[0]
     assert (said.split() == trainer.eval_dataset["answer"][row].split()) == (verdict == "right")  # of the same row
+
+
+def test_trls_table_is_kept_in_files_and_not_printed(make_arithmetic_trainer, capsys, monkeypatch):
+    """Also without the package `rich`, which TRL's table needs. The number to print is the user's again after a log."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.is_rich_available", lambda: False)
+    trainer = make_arithmetic_trainer(log_completions=True, num_completions_to_print=2, max_steps=1)
+    trainer.log({"before": 1.0})  # nothing was sampled yet
+    assert "problem:" not in capsys.readouterr().out and trainer.num_completions_to_print == 2
+    trainer.train()
+    assert capsys.readouterr().out.count("problem:") == 2
+    trainer.log({"after": 1.0})  # the same rollouts
+    assert "problem:" not in capsys.readouterr().out
+    (file,) = Path(trainer.args.output_dir, "completions").glob("completions_00001.parquet")
+    table = pd.read_parquet(file)
+    assert len(table) == len(trainer._logs["prompt"]) and {"reward/attempt_1", "advantage/attempt_2"} <= set(table)
+
+    def fail(*args):
+        raise OSError("no disk")
+
+    monkeypatch.setattr("transformers.Trainer.log", fail)
+    with pytest.raises(OSError, match="no disk"):
+        trainer.log({})
+    assert trainer.num_completions_to_print == 2

@@ -5,6 +5,7 @@ import logging
 import math
 import secrets
 import shutil
+from collections.abc import Callable
 from functools import wraps
 from itertools import count
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 from transformers.trainer_callback import ExportableState
+
+from .objective import Stage
 
 
 logger = logging.getLogger(__name__)
@@ -36,9 +39,10 @@ def recent(history: list[dict], key: str, stage: int, window: int) -> list[float
 
 class CollapseAlarm(TrainerCallback):
     """
-    Warns once in each stage, Stage I or II, when self-correction has collapsed (Section 4). The second attempts are copies of the
-    first (`changed_ratio` below 1 %), or none of them corrects a wrong first attempt (`delta_i_to_c` below 0.2 %, with more than
-    5 % of the first attempts wrong). Adds `collapse` to each log: 1 from the warning on in that stage, else 0.
+    Warns once in each stage, Stage I or II, when self-correction has collapsed (Section 4). Attempts are copies of the ones before
+    (`changed_ratio` below 1 %; with three or more attempts, any attempt while it is trained), or none corrects a wrong first
+    attempt (`delta_i_to_c` below 0.2 %, with more than 5 % of the first attempts wrong). Adds `collapse` to each log: 1 from the
+    warning on in that stage, else 0.
 
     Args:
         window (`int`, *optional*, defaults to `10`):
@@ -53,6 +57,7 @@ class CollapseAlarm(TrainerCallback):
         if window < 1:
             raise ValueError(f"`window={window}` is a number of steps. Set it to 1 or more, or leave the alarm out.")
         self.window, self.collapsed = window, set()
+        self.stage_at: Callable[[int], Stage] | None = None  # of the trainer, see `arrange`
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.collapsed = {int(log["stage"]) for log in state.log_history if log.get("collapse")}
@@ -62,28 +67,44 @@ class CollapseAlarm(TrainerCallback):
             return
         stage = int(logs["stage"])  # 1 if an interval has steps of both stages
         if logs["stage"] == stage and stage not in self.collapsed:
-            self._look(state, stage)
+            self._look(state, stage, args.num_attempts)
         logs["collapse"] = float(stage in self.collapsed)
         if state.log_history:  # the Trainer has written the log already
             state.log_history[-1]["collapse"] = logs["collapse"]
 
-    def _look(self, state, stage: int):
-        mean, number = {}, self._number_of_logs(state.log_history)
-        for key in ("changed_ratio", "delta_i_to_c", "accuracy_t1"):
-            values = recent(state.log_history, key, stage, number)
-            mean[key] = sum(values) / len(values) if len(values) == number else float("nan")
-        unchanged = mean["changed_ratio"] < CHANGED_AT_LEAST
-        uncorrected = mean["delta_i_to_c"] < CORRECTED_AT_LEAST and mean["accuracy_t1"] < 0.95
+    def _look(self, state, stage: int, num_attempts: int):
+        number = self._number_of_logs(state.log_history)
+
+        def mean(key: str, history: list[dict] = state.log_history) -> float:
+            values = recent(history, key, stage, number)
+            return sum(values) / len(values) if len(values) == number else float("nan")
+
+        changed = {"the previous one": mean("changed_ratio")}  # by the attempt that they differ from
+        if num_attempts > 2:
+            changed = {
+                f"attempt {k}": mean(f"changed_ratio_t{k}_t{k + 1}", self._logs_that_train(k + 1, state.log_history))
+                for k in range(1, num_attempts)
+            }
+            changed = {other: share for other, share in changed.items() if not math.isnan(share)}
+        corrected, right = mean("delta_i_to_c"), mean("accuracy_t1")
+        unchanged = any(share < CHANGED_AT_LEAST for share in changed.values())
+        uncorrected = corrected < CORRECTED_AT_LEAST and right < 0.95
         if not (unchanged or uncorrected):
             return
         self.collapsed.add(stage)
         if state.is_world_process_zero:
+            differ = "".join(f"{share:.2%} of the attempts differ from {other}, " for other, share in changed.items())
             logger.warning(
                 f"Self-correction has collapsed in Stage {'I' * stage} (step {state.global_step}): over the last "
-                f"{number} logs, {mean['changed_ratio']:.2%} of the attempts differ from the previous one, and "
-                f"{mean['delta_i_to_c']:.2%} of the rollouts turn from wrong to right, with {1 - mean['accuracy_t1']:.1%} of "
+                f"{number} logs, {differ}and {corrected:.2%} of the rollouts turn from wrong to right, with {1 - right:.1%} of "
                 f"the first attempts wrong. {ADVICE[stage]}"
             )
+
+    def _logs_that_train(self, attempt: int, history: list[dict]) -> list[dict]:
+        """Stage I trains one attempt after the other. What the base model does at the others is not a collapse."""
+        if self.stage_at is None:
+            return history
+        return [log for log in history if "stage" in log and attempt in self.stage_at(log["step"] - 1).credited]
 
     def _number_of_logs(self, history: list[dict]) -> int:
         """The logs that cover the window. A log averages over the steps since the log before it."""
@@ -207,13 +228,18 @@ def checkpoint_to_load(callbacks: list[TrainerCallback], args, state) -> str | N
 
 def arrange(trainer) -> None:
     """
-    Put the alarm before the trackers and progress bars, so that these show `collapse`, and keep errors of a tracker of `report_to`
-    from ending the run.
+    Put the alarm before the trackers and progress bars, so that these show `collapse`, chart the attempts in TensorBoard, and keep
+    errors of a tracker of `report_to` from ending the run.
     """
     callbacks = trainer.callback_handler.callbacks
     callbacks.sort(key=lambda callback: not isinstance(callback, CollapseAlarm))
+    for callback in callbacks:
+        if isinstance(callback, CollapseAlarm):
+            callback.stage_at = trainer.stage_at
     for callback in trackers(callbacks):
         if not hasattr(callback, "failure"):
+            if isinstance(callback, TensorBoardCallback):
+                _chart_attempts(callback, trainer.args)
             _let_fail(callback, trainer.args)
     open_trackio(trainer)
 
@@ -221,6 +247,35 @@ def arrange(trainer) -> None:
 def trackers(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
     """The trackers of `report_to` among some callbacks."""
     return [callback for callback in callbacks if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values()))]
+
+
+def _chart_attempts(tracker: TensorBoardCallback, args) -> None:
+    """Add charts to TensorBoard's tab "Custom Scalars" that show the attempts in one another, when the tracker has begun."""
+    begin = tracker.on_train_begin
+
+    @wraps(begin)
+    def call(*arguments, **kwargs):
+        begin(*arguments, **kwargs)
+        if tracker.tb_writer is not None:
+            tracker.tb_writer.add_custom_scalars({"Attempts": _charts(args.num_attempts, args.num_attempts_eval)})
+
+    tracker.on_train_begin = call
+
+
+def _charts(num_attempts: int, num_attempts_eval: int) -> dict[str, list]:
+    """By title, the kind of chart and the tags of its lines."""
+    train = {
+        "accuracy": "accuracy_t",
+        "reward": "reward_t",
+        "KL, nats per token": "kl_t",
+        "cut off": "completions/clipped_ratio_t",
+    }
+    found = {
+        title: ["Multiline", [f"train/{key}{k}" for k in range(1, num_attempts + 1)]] for title, key in train.items()
+    }
+    held_out = [f"eval/accuracy_t{k}" for k in range(1, num_attempts_eval + 1)]
+    changes = ["train/delta_i_to_c", "train/delta_c_to_i"]
+    return found | {"accuracy, held out": ["Multiline", held_out], "corrected and broken": ["Multiline", changes]}
 
 
 def _let_fail(tracker: TrainerCallback, args) -> None:

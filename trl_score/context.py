@@ -156,21 +156,35 @@ class ContextCheck:
         self.bridge_tokens([row["prompt"]], [row.get("correction_instruction") or instruction], num_attempts)
         if self.limit is None:
             return
-        others = (num_attempts - 1) * self.max_completion_length
-        too_long, between = [], {}
+        rollouts = self._rollouts(name, dataset, tokenize, instruction, num_attempts, first_attempt)
+        too_long = [rollout for rollout in rollouts if rollout.needed > self.limit]
+        if too_long:
+            longest = max(too_long, key=lambda rollout: rollout.needed)
+            more = f" {len(too_long)} rows of `{name}` are too long." if len(too_long) > 1 else ""
+            self._refuse(longest, longest.needed, num_attempts, more)
+
+    def longest(self, rows: Dataset, tokenize: Callable, instruction: str, num_attempts: int) -> int:
+        """Tokens of the longest rollout that can come up. The arguments are those of [`ContextCheck.check_rows`]."""
+        rollouts = self._rollouts("rows", rows, tokenize, instruction, num_attempts)
+        return max(rollout.needed for rollout in rollouts)
+
+    def _rollouts(
+        self,
+        name: str,
+        dataset: Dataset,
+        tokenize: Callable,
+        instruction: str,
+        num_attempts: int,
+        first_attempt: Callable[[dict], int] | None = None,
+    ) -> Iterator[_Rollout]:
+        others, between = (num_attempts - 1) * self.max_completion_length, {}
         for index, (row, length) in enumerate(_with_lengths(dataset, tokenize)):
             own = row.get("correction_instruction") or instruction
             # Hardly any template makes the bridges depend on the prompt. Each batch is checked to the token.
             if own not in between:
                 [between[own]] = self.bridge_tokens([row["prompt"]], [own], num_attempts)
             first = self.max_completion_length if first_attempt is None else first_attempt(row)
-            rollout = _Rollout(f"row {index} of `{name}`", length, first, others, between[own])
-            if rollout.needed > self.limit:
-                too_long.append(rollout)
-        if too_long:
-            longest = max(too_long, key=lambda rollout: rollout.needed)
-            more = f" {len(too_long)} rows of `{name}` are too long." if len(too_long) > 1 else ""
-            self._refuse(longest, longest.needed, num_attempts, more)
+            yield _Rollout(f"row {index} of `{name}`", length, first, others, between[own])
 
     def _refuse(self, rollout: _Rollout, needed: int, num_attempts: int, more: str = ""):
         length = self.max_completion_length

@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import psutil
 import torch
@@ -15,7 +16,6 @@ from .context import ContextCheck, context_limit
 from .evaluation import evaluate
 from .jobs import Plan, grade
 from .metrics import metric
-from .rollout import Bridge
 from .sampling import TokenSampler, TransformersSampler
 from .tasks import Task
 
@@ -177,7 +177,8 @@ def check(
         sampler = plan.open()[1]()
         if isinstance(sampler, TokenSampler):
             findings += check_tokens(task, rows, sampler, job)
-        if isinstance(sampler, TransformersSampler):
+        can_render = findings[-1].name == "context"
+        if isinstance(sampler, TransformersSampler) and can_render:
             findings.append(check_memory(sampler.model, longest(rows, sampler, job)))
         if any(finding.state == "bad" for finding in findings):
             return Check(findings, {}, "nothing was sampled")
@@ -250,7 +251,7 @@ def check_tokens(task: Task, rows, sampler: TokenSampler, job) -> list[Finding]:
     tokenizer, prompt = sampler.tokenizer, rows[0]["prompt"]
     if not isinstance(prompt, str) and tokenizer.chat_template is None:
         return [Finding("template", "bad", "the prompts are chat messages, and the tokenizer has no chat template")]
-    bridge = Bridge(tokenizer, sampler.chat_template_kwargs, end_token_ids=sampler.eos_token_ids)
+    bridge = sampler.bridge
     gold = task.gold(rows.select(range(1)))[0] or "1"
     end = min(sampler.eos_token_ids)
     attempts = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in (gold, "?")]
@@ -266,14 +267,9 @@ def check_tokens(task: Task, rows, sampler: TokenSampler, job) -> list[Finding]:
         ),
     ]
     limit = context_limit(sampler.model.config) if isinstance(sampler, TransformersSampler) else None
+    context, tokenize = ContextCheck(limit, job.max_completion_length, bridge), partial(map, sampler.tokenize)
     try:
-        ContextCheck(limit, job.max_completion_length, bridge).check_rows(
-            "the split",
-            rows,
-            lambda prompts: [sampler.tokenize(each) for each in prompts],
-            job.correction_instruction,
-            2,
-        )
+        context.check_rows("the split", rows, tokenize, job.correction_instruction, 2)
     except ValueError as error:
         findings.append(Finding("context", "bad", str(error)))
     else:
@@ -283,9 +279,9 @@ def check_tokens(task: Task, rows, sampler: TokenSampler, job) -> list[Finding]:
 
 
 def longest(rows, sampler: TokenSampler, job) -> int:
-    """Tokens of the longest rollout that can come up: the prompt, two attempts, and the instruction between them."""
-    instruction = len(sampler.tokenizer(job.correction_instruction)["input_ids"]) + 16  # the template's own
-    return max(map(sampler.length, rows["prompt"])) + 2 * job.max_completion_length + instruction
+    """Tokens of the longest rollout that can come up: the prompt, two attempts, and what the chat template puts between them."""
+    context = ContextCheck(None, job.max_completion_length, sampler.bridge)
+    return context.longest(rows, partial(map, sampler.tokenize), job.correction_instruction, 2)
 
 
 def estimate_memory(model, tokens: int) -> dict[str, float]:

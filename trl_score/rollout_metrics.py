@@ -54,7 +54,11 @@ def rollout_values(
     lengths = zip(*([len(ids) for ids in row] for row in batch.rollouts.attempts), strict=True)
     own |= {f"completions/mean_length_t{k}": each for k, each in enumerate(lengths, start=1)}
     if batch.num_attempts > 1:
-        own["edit_distance_ratio"], own["changed_ratio"] = attempt_changes(batch.rollouts.attempts).T
+        distances = attempt_changes(batch.rollouts.attempts)  # (B of this process, K - 1)
+        for name, changes in (("edit_distance_ratio", distances), ("changed_ratio", (distances > 0).float())):
+            own[name] = changes.mean(1)
+            if batch.num_attempts > 2:
+                own |= {f"{name}_t{k}_t{k + 1}": each for k, each in enumerate(changes.T, start=1)}
         differ = (abstained[:, 1:] != abstained[:, :-1]).any(-1).any(-1)
         values["bonus_abstained_ratio"] = differ[counted].float()
     columns = torch.stack([torch.as_tensor(each).float() for each in own.values()], dim=1).to(rewards.device)

@@ -1,18 +1,14 @@
-"""Where attempts come from in an evaluation: transformers, vLLM, or a chat endpoint."""
+"""Where the attempts of an evaluation come from: transformers, vLLM, or a chat endpoint (`endpoint.py`)."""
 
 import os
 import platform
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from accelerate.utils import gather_object
-from huggingface_hub import InferenceClient
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -31,73 +27,13 @@ from .decoding import (
     neutral_generation,
     with_end_token,
 )
+from .endpoint import EndpointSampler, address, endpoint_identity
 from .fingerprints import hub_arguments
 from .generation import AllAttempts, can_generate_all, contiguous_head
 from .records import processes
 from .rollout import Bridge, Rollouts, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
+from .sampler import Attempt, Sampler
 from .tasks.base import text_of
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """
-    One sampled text, an attempt or (in Self-Refine) feedback on one: the text, its tokens (`None` where an endpoint does not
-    say), whether it was cut off, and which tokens they are.
-    """
-
-    text: str
-    num_tokens: int | None
-    truncated: bool
-    token_ids: list[int] | None = None
-
-
-class Sampler(ABC):
-    """
-    Samples all attempts at some problems.
-
-    Attributes:
-        name (`str`):
-            The model, for the results.
-        backend (`str`):
-            Key of `BACKENDS`.
-        decoding (`str`):
-            For the results: what shapes the distribution beside temperature and `top_p`.
-    """
-
-    name: str
-    backend: str
-    decoding: str = "nothing else"
-
-    def identity(self) -> dict:
-        """For the results: which weights, tokenizer and chat template the attempts come from. Results of others are not reused."""
-        return {}
-
-    @abstractmethod
-    def length(self, prompt: str | list[dict]) -> int:
-        """How long a prompt is, in some unit: batches are made of prompts of like length."""
-
-    @abstractmethod
-    def sample(
-        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
-    ) -> list[list[Attempt]]:
-        """
-        Sample rollouts.
-
-        Args:
-            prompts (`list`):
-                `B` prompts, chat messages or text.
-            instructions (`list[str]`):
-                The user's turns between the attempts, the same for all prompts: one attempt more is sampled than there are.
-            decoding ([`Decoding`]):
-                How.
-            seed (`int`):
-                The same seed, prompts and machine give the same attempts.
-            given (`int`, *optional*, defaults to `0`):
-                Attempts that the prompts already hold.
-
-        Returns:
-            `list[list[Attempt]]`: `B` rows of `len(instructions) + 1` attempts.
-        """
 
 
 class TokenSampler(Sampler):
@@ -129,6 +65,11 @@ class TokenSampler(Sampler):
             "tokenizer": fingerprints.of_tokenizer(self.tokenizer),
             "chat_template_kwargs": self.chat_template_kwargs,
         }
+
+    @property
+    def bridge(self) -> Bridge:
+        """What the chat template puts between two attempts."""
+        return Bridge(self.tokenizer, self.chat_template_kwargs, end_token_ids=self.eos_token_ids)
 
     def tokenize(self, prompt: str | list[dict]) -> list[int]:
         return tokenize_prompt(self.tokenizer, prompt, self.chat_template_kwargs)
@@ -174,11 +115,10 @@ class TokenSampler(Sampler):
     def sample(
         self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
-        bridge = Bridge(self.tokenizer, self.chat_template_kwargs, end_token_ids=self.eos_token_ids)
         number = len(instructions) + 1
         rollouts = self.roll_out(
             [self.tokenize(prompt) for prompt in prompts],
-            bridge.by_row(prompts, lambda attempt: [instructions[attempt - 1]] * len(prompts)),
+            self.bridge.by_row(prompts, lambda attempt: [instructions[attempt - 1]] * len(prompts)),
             number,
             decoding,
             seed + 1 + given,
@@ -381,101 +321,6 @@ class VLLMSampler(TokenSampler):
         return [list(attempt.token_ids) for attempt in attempts]
 
 
-class EndpointSampler(Sampler):
-    """
-    An OpenAI-compatible chat endpoint, by `huggingface_hub.InferenceClient`: the endpoint applies the chat template, so
-    attempts go back to it as text. For a model of one's own, the token-exact samplers are closer to training.
-
-    A request says `temperature`, `top_p` and `frequency_penalty=0`. Whatever else shapes the distribution (`top_k`, `min_p`,
-    `repetition_penalty`) is the server's: there is no standard name for it, and some servers refuse names that they do not know.
-    `extra_body` sends more, such as `{"top_k": -1, "min_p": 0, "repetition_penalty": 1}` to a server of vLLM.
-
-    Args:
-        model (`str`):
-            The model's name at the endpoint.
-        base_url (`str`, *optional*):
-            The endpoint; by default, the Hub's inference providers.
-        max_concurrency (`int`, *optional*, defaults to `16`):
-            Requests at a time.
-        chat_template_kwargs (`dict`, *optional*):
-            Sent with each request: further arguments of the chat template, where the server takes them (vLLM, SGLang,
-            `transformers serve`).
-        extra_body (`dict`, *optional*):
-            Further fields of each request.
-        **kwargs:
-            For `InferenceClient`: `api_key`, `provider`, `timeout`, ..
-    """
-
-    backend = "endpoint"
-    decoding = "what the server adds"
-
-    def __init__(
-        self,
-        model: str,
-        base_url: str | None = None,
-        max_concurrency: int = 16,
-        chat_template_kwargs: dict | None = None,
-        extra_body: dict | None = None,
-        **kwargs,
-    ):
-        self.name, self.max_concurrency = model, max_concurrency
-        self.chat_template_kwargs, self.extra_body = chat_template_kwargs or {}, extra_body or {}
-        self.where = _endpoint(base_url, **kwargs)
-        self.client = InferenceClient(base_url=base_url, **kwargs) if base_url else InferenceClient(model, **kwargs)
-
-    def identity(self) -> dict:
-        return _endpoint_identity(self.where, self.chat_template_kwargs, self.extra_body)
-
-    def length(self, prompt: str | list[dict]) -> int:
-        return len(str(prompt))
-
-    def sample(
-        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
-    ) -> list[list[Attempt]]:
-        body = dict(self.extra_body)
-        if self.chat_template_kwargs:
-            body["chat_template_kwargs"] = self.chat_template_kwargs
-
-        def one(i: int) -> list[Attempt]:
-            prompt = prompts[i]
-            messages = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            attempts = []
-            for instruction in [*instructions, None]:  # nothing is asked after the last
-                answer = self._ask(
-                    messages,
-                    model=self.name,
-                    max_tokens=decoding.max_completion_length,
-                    temperature=decoding.temperature,
-                    top_p=decoding.top_p,
-                    frequency_penalty=0.0,
-                    seed=(seed * 1_000_003 + i) % 2**31,
-                    **({"extra_body": body} if body else {}),
-                )
-                choice = answer.choices[0]
-                text = choice.message.content or ""
-                usage = getattr(answer, "usage", None)
-                attempts.append(
-                    Attempt(text, getattr(usage, "completion_tokens", None), choice.finish_reason == "length")
-                )
-                messages += [{"role": "assistant", "content": text}, {"role": "user", "content": instruction}]
-            return attempts
-
-        with ThreadPoolExecutor(self.max_concurrency) as pool:
-            return list(pool.map(one, range(len(prompts))))
-
-    def _ask(self, messages: list[dict], **kwargs):
-        try:
-            return self.client.chat_completion(messages, **kwargs)
-        except (
-            Exception
-        ) as error:  # of the Hub's client or of the library below it, which is another one in other versions
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise OSError(
-                f"The endpoint ({self.where}) did not answer for the model '{self.name}': {said}. Check that it runs, that its "
-                "address is right (`base_url`, which often ends with /v1), and that it serves this model."
-            ) from error
-
-
 BACKENDS = {"transformers": TransformersSampler, "vllm": VLLMSampler, "endpoint": EndpointSampler}
 
 
@@ -515,8 +360,8 @@ def open_model(
     if kind is EndpointSampler:
         if tokenizer is not None:
             raise ValueError("An endpoint has its own tokenizer. Leave `tokenizer` out.")
-        where, body = _endpoint(**kwargs), kwargs.get("extra_body") or {}
-        shared |= _endpoint_identity(where, chat_template_kwargs or {}, body)
+        where, body = address(**kwargs), kwargs.get("extra_body") or {}
+        shared |= endpoint_identity(where, chat_template_kwargs or {}, body)
         kwargs["chat_template_kwargs"] = chat_template_kwargs
     else:
         check_dtype(kwargs)
@@ -558,17 +403,6 @@ def checkpoint_identity(name: str, **kwargs) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": _plain(kwargs.get("quantization_config") or kwargs.get("quantization")),
     }
-
-
-def _endpoint(base_url: str | None = None, **kwargs) -> str:
-    """Where requests go to, without a password that the address may hold."""
-    if base_url is None:
-        return f"inference provider {kwargs.get('provider') or 'auto'}"
-    return urlsplit(base_url)._replace(netloc=urlsplit(base_url).netloc.rpartition("@")[2]).geturl()
-
-
-def _endpoint_identity(where: str, chat_template_kwargs: dict, extra_body: dict) -> dict:
-    return {"weights": where, "chat_template_kwargs": chat_template_kwargs, "extra_body": extra_body}
 
 
 def _plain(quantization) -> dict | str | None:

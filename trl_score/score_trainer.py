@@ -21,7 +21,6 @@ from copy import deepcopy
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from accelerate.logging import get_logger
@@ -32,7 +31,6 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id
 
 from .batch import Batch
@@ -595,14 +593,20 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         fill_table(self._logs, rewards, advantages)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        with patch.object(grpo_trainer, "print_prompt_completions_sample", self._print_rollouts):
+        number = self.num_completions_to_print
+        self.num_completions_to_print = -1  # TRL prints no table: it is wider than a console
+        try:
             super().log(logs, start_time)
+        finally:
+            self.num_completions_to_print = number
+        if self.log_completions and self.accelerator.is_main_process:
+            self._print_rollouts()
 
-    def _print_rollouts(self, prompts: list, *args, **kwargs):
-        """In place of TRL's table: the last rollouts of this process, once, if they are what is logged."""
+    def _print_rollouts(self):
+        """The last rollouts of this process, once, if they are what is logged."""
         batch, before, self._shown = self._batch, self._shown, self._batch
         if batch is not before and batch.mode == ("train" if self.model.training else "eval"):
-            number = len(batch.instructions)
+            number, prompts = len(batch.instructions), self._logs["prompt"]
             missing = number * self.accelerator.num_processes - len(prompts)  # TRL keeps the last ones only
             prompts = [*[None] * missing, *list(prompts)[max(0, -missing) :]][:number]
             print(transcript(batch, prompts, self.state.global_step, self.num_completions_to_print))

@@ -167,35 +167,6 @@ def line_of(step: int, logs: dict) -> str:
     return "  ".join(parts)
 
 
-class AttemptCharts(TrainerCallback):
-    """In TensorBoard's tab "Custom Scalars", charts that show the attempts in one another."""
-
-    def __init__(self, trainer: SCoReTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        for tracker in trackers(self.trainer.callback_handler.callbacks):
-            writer = getattr(tracker, "tb_writer", None)
-            if writer is not None:
-                writer.add_custom_scalars({"Attempts": charts(args.num_attempts, args.num_attempts_eval)})
-
-
-def charts(num_attempts: int, num_attempts_eval: int) -> dict[str, list]:
-    """The layout of [`AttemptCharts`]: by title, the kind of chart and the tags of its lines."""
-    train = {
-        "accuracy": "accuracy_t",
-        "reward": "reward_t",
-        "KL, nats per token": "kl_t",
-        "cut off": "completions/clipped_ratio_t",
-    }
-    found = {
-        title: ["Multiline", [f"train/{key}{k}" for k in range(1, num_attempts + 1)]] for title, key in train.items()
-    }
-    held_out = [f"eval/accuracy_t{k}" for k in range(1, num_attempts_eval + 1)]
-    changes = ["train/delta_i_to_c", "train/delta_c_to_i"]
-    return found | {"accuracy, held out": ["Multiline", held_out], "corrected and broken": ["Multiline", changes]}
-
-
 @contextmanager
 def interruptible(say: Callable[[], str]):
     """
@@ -358,7 +329,6 @@ def train(
     trainer.task, trainer.eval_task = task, eval_task or task
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
-    trainer.add_callback(AttemptCharts(trainer))
 
     with interruptible(lambda: kept(trainer)):
         trainer.train(resume_from_checkpoint=resume)

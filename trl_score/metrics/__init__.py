@@ -75,20 +75,18 @@ def edit_distance_ratio(first: Sequence, second: Sequence) -> float:
 
 def attempt_changes(attempts: Sequence[Sequence[Sequence[int]]]) -> Tensor:
     """
-    How much attempts differ from the one before, averaged over the neighbours of a rollout.
+    How much each attempt differs from the one before: the [`edit_distance_ratio`] of every two neighbours.
 
     Args:
         attempts (`Sequence`):
             `B` rollouts of `K` attempts, each a sequence of token ids.
 
     Returns:
-        `torch.Tensor` of shape `(B, 2)`: [`edit_distance_ratio`], and the share of attempts that differ at all.
+        `torch.Tensor` of shape `(B, K - 1)`: 0 for an attempt that repeats the one before.
     """
-    rows = []
-    for rollout in attempts:
-        ratios = [edit_distance_ratio(first, second) for first, second in pairwise(rollout)]
-        rows.append([sum(ratios) / len(ratios), sum(ratio > 0 for ratio in ratios) / len(ratios)])
-    return torch.tensor(rows)
+    return torch.tensor([
+        [edit_distance_ratio(first, second) for first, second in pairwise(rollout)] for rollout in attempts
+    ])  # fmt: skip
 
 
 def bootstrap_intervals(

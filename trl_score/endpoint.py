@@ -1,0 +1,115 @@
+"""Attempts of a model behind a chat endpoint."""
+
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+from huggingface_hub import InferenceClient
+
+from .decoding import Decoding
+from .sampler import Attempt, Sampler
+
+
+class EndpointSampler(Sampler):
+    """
+    An OpenAI-compatible chat endpoint, by `huggingface_hub.InferenceClient`: the endpoint applies the chat template, so
+    attempts go back to it as text. For a model of one's own, the token-exact samplers are closer to training.
+
+    A request says `temperature`, `top_p` and `frequency_penalty=0`. Whatever else shapes the distribution (`top_k`, `min_p`,
+    `repetition_penalty`) is the server's: there is no standard name for it, and some servers refuse names that they do not know.
+    `extra_body` sends more, such as `{"top_k": -1, "min_p": 0, "repetition_penalty": 1}` to a server of vLLM.
+
+    Args:
+        model (`str`):
+            The model's name at the endpoint.
+        base_url (`str`, *optional*):
+            The endpoint; by default, the Hub's inference providers.
+        max_concurrency (`int`, *optional*, defaults to `16`):
+            Requests at a time.
+        chat_template_kwargs (`dict`, *optional*):
+            Sent with each request: further arguments of the chat template, where the server takes them (vLLM, SGLang,
+            `transformers serve`).
+        extra_body (`dict`, *optional*):
+            Further fields of each request.
+        **kwargs:
+            For `InferenceClient`: `api_key`, `provider`, `timeout`, ..
+    """
+
+    backend = "endpoint"
+    decoding = "what the server adds"
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        max_concurrency: int = 16,
+        chat_template_kwargs: dict | None = None,
+        extra_body: dict | None = None,
+        **kwargs,
+    ):
+        self.name, self.max_concurrency = model, max_concurrency
+        self.chat_template_kwargs, self.extra_body = chat_template_kwargs or {}, extra_body or {}
+        self.where = address(base_url, **kwargs)
+        self.client = InferenceClient(base_url=base_url, **kwargs) if base_url else InferenceClient(model, **kwargs)
+
+    def identity(self) -> dict:
+        return endpoint_identity(self.where, self.chat_template_kwargs, self.extra_body)
+
+    def length(self, prompt: str | list[dict]) -> int:
+        return len(str(prompt))
+
+    def sample(
+        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
+    ) -> list[list[Attempt]]:
+        body = dict(self.extra_body)
+        if self.chat_template_kwargs:
+            body["chat_template_kwargs"] = self.chat_template_kwargs
+
+        def one(i: int) -> list[Attempt]:
+            prompt = prompts[i]
+            messages = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            attempts = []
+            for instruction in [*instructions, None]:  # nothing is asked after the last
+                answer = self._ask(
+                    messages,
+                    model=self.name,
+                    max_tokens=decoding.max_completion_length,
+                    temperature=decoding.temperature,
+                    top_p=decoding.top_p,
+                    frequency_penalty=0.0,
+                    seed=(seed * 1_000_003 + i) % 2**31,
+                    **({"extra_body": body} if body else {}),
+                )
+                choice = answer.choices[0]
+                text = choice.message.content or ""
+                usage = getattr(answer, "usage", None)
+                attempts.append(
+                    Attempt(text, getattr(usage, "completion_tokens", None), choice.finish_reason == "length")
+                )
+                messages += [{"role": "assistant", "content": text}, {"role": "user", "content": instruction}]
+            return attempts
+
+        with ThreadPoolExecutor(self.max_concurrency) as pool:
+            return list(pool.map(one, range(len(prompts))))
+
+    def _ask(self, messages: list[dict], **kwargs):
+        try:
+            return self.client.chat_completion(messages, **kwargs)
+        except (
+            Exception
+        ) as error:  # of the Hub's client or of the library below it, which is another one in other versions
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise OSError(
+                f"The endpoint ({self.where}) did not answer for the model '{self.name}': {said}. Check that it runs, that its "
+                "address is right (`base_url`, which often ends with /v1), and that it serves this model."
+            ) from error
+
+
+def address(base_url: str | None = None, **kwargs) -> str:
+    """Where requests go to, without a password that the address may hold."""
+    if base_url is None:
+        return f"inference provider {kwargs.get('provider') or 'auto'}"
+    return urlsplit(base_url)._replace(netloc=urlsplit(base_url).netloc.rpartition("@")[2]).geturl()
+
+
+def endpoint_identity(where: str, chat_template_kwargs: dict, extra_body: dict) -> dict:
+    return {"weights": where, "chat_template_kwargs": chat_template_kwargs, "extra_body": extra_body}
