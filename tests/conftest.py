@@ -9,8 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never touch a hub
 os.environ.setdefault("TRACKIO_DIR", os.path.join(tempfile.gettempdir(), "trl-score-tests-trackio"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # they share the cores
-    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    sharing = os.environ["PYTEST_XDIST_WORKER_COUNT"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(sharing))))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", sharing)  # divides the workers that grade
 
 import pytest
 

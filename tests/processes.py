@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import NoReturn
 
 
-ENVIRONMENT = dict(os.environ)  # what the server starts with, before a test changes anything
+# What the server starts with, before a test changes anything. With one thread, numpy starts none when it is imported.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @cache
@@ -77,14 +78,14 @@ def _run(arguments, environments, timeout):
     arguments, deadline, code = [str(each) for each in arguments], time.monotonic() + timeout, 0
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         running = {}  # process ids, by the pipe on which the server says how a process ended
-        for environment in environments:
-            job = [arguments, os.environ | environment, os.getcwd()]
-            reader, writer = os.pipe()
-            socket.send_fds(server(), [json.dumps(job).encode()], [output.fileno(), errors.fileno(), writer])
-            os.close(writer)
-            status = open(reader, "rb", buffering=0)
-            running[status] = int(status.readline())
         try:
+            for environment in environments:
+                job = [arguments, os.environ | environment, os.getcwd()]
+                reader, writer = os.pipe()
+                socket.send_fds(server(), [json.dumps(job).encode()], [output.fileno(), errors.fileno(), writer])
+                os.close(writer)
+                status = open(reader, "rb", buffering=0)
+                running[status] = int(status.readline())
             while running and code == 0:
                 ended, _, _ = select.select([*running], [], [], max(0, deadline - time.monotonic()))
                 if not ended:
@@ -109,17 +110,21 @@ IMPORTED = ("baselines", "evaluation", "report", "scaling", "training")
 
 
 def serve(connection: socket.socket) -> list:
-    """Returns in each new process, with its arguments, environment and folder. The server itself ends here."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    """
+    Fork as often as asked. Returns in each new process, with its arguments, its environment and its folder. Its parent is a
+    second fork, which waits for it.
+    """
     while True:
         message, fds, *_ = socket.recv_fds(connection, 1 << 20, 3)
+        with suppress(ChildProcessError):  # without a message, all that still run
+            while os.waitpid(-1, os.WNOHANG if message else 0)[0]:
+                pass
         if not message:
             os._exit(0)
         if os.fork() == 0:
             break
         for fd in fds:
             os.close(fd)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection.close()
     *outputs, status = fds
     pid = os.fork()
@@ -174,18 +179,17 @@ def main() -> None:
     threads = {Path("/proc/self/task", each, "comm").read_text().strip() for each in os.listdir("/proc/self/task")[1:]}
     assert threads <= {"jemalloc_bg_thd"}, f"a fork has none of the threads {threads}"  # jemalloc starts its own again
     gc.freeze()  # what a process does not touch is not copied for it
-    job = serve(connection)
+    code = 0
     try:
-        become(*job)
+        become(*serve(connection))
     except SystemExit as stop:
-        if stop.code is None or isinstance(stop.code, int):
-            end(stop.code or 0)
-        print(stop.code, file=sys.stderr)
-        end(1)
+        code = 1 if isinstance(stop.code, str) else stop.code or 0
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-        end(1)
-    end(0)
+        code = 1
+    end(code)
 
 
 if __name__ == "__main__":
