@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from processes import python
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -29,6 +30,11 @@ SMALL = ["--task", "arithmetic", "--model", BASE, "--max_completion_length", "8"
 
 def run(*arguments):
     return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def run_imported(*arguments):
+    """The same command in a process that need not import anything first."""
+    return python("-m", "trl_score.cli", *arguments)
 
 
 def help_of(command: str, capsys, *more: str) -> str:
@@ -83,11 +89,11 @@ def test_evaluate_scale_and_report(tmp_path):
     config.write_text(
         json.dumps({"task": "arithmetic", "model": BASE, "max_completion_length": 8, "limit": 20, "max_budget": 4})
     )
-    done = run("scale", "--config", config, "--output_dir", tmp_path / "scale", "--temperature", "1.0")
+    done = run_imported("scale", "--config", config, "--output_dir", tmp_path / "scale", "--temperature", "1.0")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\| 4 \| \d", done.stdout, re.M)
     assert json.loads((tmp_path / "scale" / "corrected" / "settings.json").read_text())["temperature"] == 1.0
-    done = run(
+    done = run_imported(
         "report", tmp_path / "eval", tmp_path / "scale", "--output", tmp_path / "r.html", "--figures", tmp_path / "f"
     )
     assert done.returncode == 0, done.stderr
@@ -98,6 +104,7 @@ def test_train_is_launched_by_accelerate(tmp_path):
     """The embedded task needs no other option than its name and a folder; the rest here makes it short."""
     short = ["--num_eval_problems", "8", "--save_strategy", "steps", "--keep_best_checkpoint"]
     short += ["--load_best_checkpoint_at_end", "--max_steps", "2", "--stage1_steps", "0.5", "--logging_steps", "1"]
+    short += ["--per_device_train_batch_size", "16"]
     done = run("train", "--num_processes", "1", "--task", "arithmetic", *short, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8 held-out problems" in done.stdout and (tmp_path / "model.safetensors").exists()
@@ -165,7 +172,7 @@ def test_errors_are_one_line_and_have_an_exit_code(tmp_path, capfd, arguments, c
     (tmp_path / "file").touch()
     (tmp_path / "broken.yaml").write_text("a: [")
     if arguments[0] == "evalute" or "maths" in arguments:
-        done = run(*arguments)
+        done = (run if arguments[0] == "evalute" else run_imported)(*arguments)
         returned, errors = done.returncode, done.stderr
     else:
         try:

@@ -1,12 +1,10 @@
 """Collected rollouts: their tokens, what is shared between processes, and as stored first attempts."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from datasets import Dataset
+from processes import python, ranks
 
 from trl_score import cli
 from trl_score.collection import collect, describe, with_first_attempts
@@ -47,18 +45,8 @@ def test_two_processes_collect_what_one_does(tmp_path):
     """Each in a file of its own; then one process finds all of it done."""
     expected = collect(BASE, "arithmetic", **SETTINGS, output_dir=tmp_path / "one")
     arguments = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "-m",
-        "trl_score.cli",
-    ]
-    command += ["collect", "--model", BASE, "--task", "arithmetic", *arguments, "--output_dir", str(tmp_path / "two")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    command = ["-m", "trl_score.cli", "collect", "--model", BASE, "--task", "arithmetic", *arguments]
+    done = ranks(2, *command, "--output_dir", tmp_path / "two", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("60 rollouts at 20 problems") == 1  # said by the main process
     counts = [
@@ -145,7 +133,7 @@ def test_collect_and_train_on_stored_first_attempts_by_command(tmp_path, capsys)
     where = ["--output_dir", str(tmp_path / "first")]
     assert cli.main(["collect", "--model", BASE, "--task", "arithmetic", *settings, *where]) == 0
     assert "16 rollouts at 8 problems, Accuracy@t1" in capsys.readouterr().out
-    command = [sys.executable, "-m", "trl_score.training", "--task", "arithmetic", "--num_train_problems", "8"]
+    command = ["-m", "trl_score.training", "--task", "arithmetic", "--num_train_problems", "8"]
     command += [
         "--first_attempts",
         str(tmp_path / "first"),
@@ -174,9 +162,7 @@ def test_collect_and_train_on_stored_first_attempts_by_command(tmp_path, capsys)
         "--report_to",
         "none",
     ]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "out")], capture_output=True, text=True, timeout=280
-    )
+    done = python(*command, "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "| share of first attempts that were stored ones | 0.5 |" in (tmp_path / "out" / "README.md").read_text()

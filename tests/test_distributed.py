@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
+from accelerate.utils import prepare_multi_gpu_env
+from processes import ranks
 from safetensors.torch import load_file
 
 from trl_score.reference import check_shards
@@ -24,27 +27,46 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
 SHARDED = ["fsdp2", *(pytest.param(name, marks=NEEDS_DEEPSPEED) for name in ("zero2", "zero3"))]
 
 
-def launched(num_processes, backend="ddp"):
-    """The command that starts a script in so many processes, and its environment."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if backend == "ddp":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        return command, environment | {"ACCELERATE_USE_CPU": "true"}
-    return [*accelerate_launch(num_processes, backend), str(AS_GPUS)], environment
+ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def accelerate_launch(num_processes, backend):
+def accelerate_arguments(num_processes, backend):
+    """Those of `accelerate launch` for a configuration of the examples, on CPUs."""
     config = ["--config_file", str(CONFIGS / f"{backend}.yaml"), f"--num_processes={num_processes}"]
-    on_cpu = ["--mixed_precision=no", "--main_process_port=0"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *config, *on_cpu]
+    return [*config, "--mixed_precision=no", "--main_process_port=0"]
 
 
-def run(folder, num_processes, backend="ddp", **settings):
-    """Train; what the worker reports and the saved weights."""
+def launched(num_processes, backend, *arguments):
+    """Start a script in so many processes as a user does: by `torchrun` or `accelerate launch`."""
+    if backend == "ddp":
+        environment = ON_CPU
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    else:
+        environment = {"OMP_NUM_THREADS": "1"}
+        command = ["-m", "accelerate.commands.launch", *accelerate_arguments(num_processes, backend), str(AS_GPUS)]
+    command = [sys.executable, *command, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | environment)
+
+
+def forked(num_processes, backend, *arguments):
+    """The same processes without the launcher and the imports."""
+    if backend == "ddp":
+        return ranks(num_processes, *arguments, **ON_CPU)
+    environment = {}
+    with pytest.MonkeyPatch.context() as patch:
+        keep = lambda args: environment.update(prepare_multi_gpu_env(args))  # noqa: E731
+        patch.setattr(launch, "multi_gpu_launcher", keep)
+        command = [*accelerate_arguments(num_processes, backend), str(AS_GPUS)]
+        launch.launch_command(launch.launch_command_parser().parse_args(command))
+    added = {name: value for name, value in environment.items() if name not in os.environ}
+    return ranks(num_processes, AS_GPUS, *arguments, **added)
+
+
+def run(folder, num_processes, backend="ddp", fresh=False, **settings):
+    """Train; what the worker reports and the saved weights. DeepSpeed's launcher is never left out."""
     folder.mkdir()
-    command, environment = launched(num_processes, backend)
-    command += [str(WORKER), str(folder), json.dumps({"max_steps": STEPS} | settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    start = launched if fresh or backend.startswith("zero") else forked
+    done = start(num_processes, backend, WORKER, folder, json.dumps({"max_steps": STEPS} | settings))
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((folder / "result.json").read_text())
     return result, load_file(next((folder / "model").glob("*.safetensors")))
@@ -99,7 +121,7 @@ def test_two_processes_give_the_update_of_one(tmp_path, run_one, options):
     """
     settings = FOUR_ROLLOUTS | options
     one = run_one(**settings)
-    two = run(tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
+    two = run(tmp_path / "two", 2, fresh=not options, per_device_train_batch_size=2, **settings)
     base = load_file(BASE_MODEL_PATH / "model.safetensors")
     assert max((one[1][name] - value).abs().max() for name, value in base.items() if name in one[1]) > 1e-3
     assert_same(two, one)
@@ -139,7 +161,7 @@ def test_attempts_are_generated_from_shards(tmp_path, backend, make_arithmetic_t
     attempts end at different lengths on the two processes.
     """
     settings = {"num_generations": 4, "per_device_train_batch_size": 4, "stage1_steps": 1, "max_steps": 2}
-    result, _ = run(tmp_path / "two", 2, backend, generated=True, **settings)
+    result, _ = run(tmp_path / "two", 2, backend, fresh=True, generated=True, **settings)
     assert [log["stage"] for log in result["logs"]] == [1, 2]
     assert len(result["evaluations"]) == 2
     for got, model in zip(result["evaluations"], (BASE_MODEL_PATH, tmp_path / "two" / "model"), strict=True):
@@ -176,7 +198,7 @@ SHORT_RUN = """
 @pytest.mark.parametrize("backend", ["ddp", *SHARDED])
 def test_example_runs_with_each_configuration(tmp_path, backend):
     """`accelerate launch --config_file ..`, two steps: trained, evaluated before and after, saved with its card."""
-    command = accelerate_launch(2, backend)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *accelerate_arguments(2, backend)]
     command += ["--cpu"] if backend == "ddp" else [str(AS_GPUS)]
     command += [str(TESTS.parent / "examples" / "math.py"), *SHORT_RUN, "--output_dir", str(tmp_path)]
     command += ["--use_cpu"] if backend == "ddp" else []

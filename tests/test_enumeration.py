@@ -116,9 +116,10 @@ def expected_targets(rewards, stage, probabilities, num_generations=2, stored=No
     [`targets`] of each rollout, averaged over all groups that it can be in: advantages (R, N), and the KL weights (N,). With
     `stored`, the first attempts of all rollouts are stored ones.
     """
-    rows = len(rewards)
-    others = list(itertools.product(range(rows), repeat=num_generations - 1))
-    index = torch.tensor([[row, *other] for row in range(rows) for other in others]).flatten()  # (R * groups * G,)
+    rows = torch.arange(len(rewards))
+    others = torch.cartesian_prod(*[rows] * (num_generations - 1)).view(-1, num_generations - 1)  # (groups, G - 1)
+    first = rows.repeat_interleave(len(others)).unsqueeze(1)
+    index = torch.cat([first, others.repeat(len(rows), 1)], dim=1).flatten()  # (R * groups * G,)
     settings = {"beta": 0.0, "stage1_beta": 0.0} | settings
     advantages, weights = targets(
         rewards[index],
@@ -128,8 +129,8 @@ def expected_targets(rewards, stage, probabilities, num_generations=2, stored=No
         stored=None if stored is None else torch.full((len(index),), stored),
         **settings,
     )
-    advantages = advantages.view(rows, len(others), num_generations, -1)[:, :, 0]  # of the first of each group
-    chance = probabilities[torch.tensor(others)].prod(1)  # of the others
+    advantages = advantages.view(len(rows), len(others), num_generations, -1)[:, :, 0]  # of the first of each group
+    chance = probabilities[others].prod(1)  # of the others
     return (advantages * chance[None, :, None]).sum(1), weights.double()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import ranks
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_score import evaluate_self_correction
@@ -295,16 +296,14 @@ def test_metric_computes_in_double_precision(tmp_path):
 def test_metric_gathers_over_processes(tmp_path):
     """Two processes, each with half of the rollouts: the first gets the metric of all."""
     code = (
-        "import sys, evaluate\nrank = int(sys.argv[1])\n"
+        "import os, evaluate\nrank = int(os.environ['RANK'])\n"
         f"metric = evaluate.load({METRIC!r}, num_process=2, process_id=rank, experiment_id='two', cache_dir={str(tmp_path)!r})\n"
         "metric.add_batch(predictions=[[0, 1], [1, 1]] if rank else [[1, 0], [0, 1]])\n"
-        "found = metric.compute()\nprint(found and (found['accuracy_t2'], found['num_rollouts']))"
+        "found = metric.compute()\nprint(rank, found and (found['accuracy_t2'], found['num_rollouts']))"
     )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    said = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in processes]
-    assert said == ["(0.75, 4)", "None"]
+    done = ranks(2, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()[-2:]) == ["0 (0.75, 4)", "1 None"]
 
 
 # --- where attempts come from ---

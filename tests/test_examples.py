@@ -1,4 +1,4 @@
-"""The example scripts, as a user runs them: in a process of their own."""
+"""The example scripts, each in a process of its own; the first as `accelerate launch` starts it."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
@@ -22,9 +23,8 @@ DATA = Path(os.environ.get("TRL_SCORE_DATA", Path(__file__).parents[2] / "shared
 needs_data = pytest.mark.skipif(not (DATA / "mbpp").exists(), reason="no shared data")
 
 
-def run(*arguments, launcher=(sys.executable,), script="math.py", **environment):
-    command = [*launcher, str(EXAMPLES / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+def run(*arguments, script="math.py", **environment):
+    return python(EXAMPLES / script, *arguments, **environment)
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def problems(tmp_path):
 
 
 def test_embedded_run_evaluates_trains_and_saves(tmp_path):
-    launcher = [str(Path(sys.executable).parent / "accelerate"), "launch"]
-    arguments = [
+    command = [Path(sys.executable).parent / "accelerate", "launch", EXAMPLES / "math.py", "--output_dir", tmp_path]
+    command += [
         "--max_steps",
         "2",
         "--stage1_steps",
@@ -47,7 +47,7 @@ def test_embedded_run_evaluates_trains_and_saves(tmp_path):
         "--logging_steps",
         "1",
     ]
-    done = run(*arguments, "--output_dir", tmp_path, launcher=launcher)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "1000 held-out problems, greedy decoding" in done.stdout
     assert done.stdout.count("attempt 1  ") == 3
@@ -146,14 +146,13 @@ TINY = ["--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "
 TINY += ["--max_steps", "2", "--num_generations", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 TINY += ["--gradient_accumulation_steps", "1", "--num_eval_problems", "4", "--per_device_eval_batch_size", "4"]
 TINY += ["--eval_strategy", "no", "--data_dir", str(DATA)]
-LAUNCH = [str(Path(sys.executable).parent / "accelerate"), "launch"]
 
 
 @needs_data
 @pytest.mark.parametrize("task", [pytest.param("math", marks=pytest.mark.slow), "gsm8k"])
 def test_mathematics_on_real_problems(tmp_path, chat_model, task):
     arguments = ["--task", task, "--model_name_or_path", chat_model, *TINY, "--output_dir", tmp_path]
-    done = run(*arguments, launcher=LAUNCH)
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "4 held-out problems" in done.stdout and "Accuracy@t2" in done.stdout
     assert "You are a math expert." in done.stdout  # the problem, as the model saw it
@@ -164,7 +163,7 @@ def test_mathematics_on_real_problems(tmp_path, chat_model, task):
 @pytest.mark.parametrize("eval_task", ["humaneval", pytest.param("mbpp", marks=pytest.mark.slow)])
 def test_programs_on_real_problems(tmp_path, chat_model, eval_task):
     arguments = ["--model_name_or_path", chat_model, "--eval_task", eval_task, *TINY, "--output_dir", tmp_path]
-    done = run(*arguments, launcher=LAUNCH, script="code.py", HF_ALLOW_CODE_EVAL="1")
+    done = run(*arguments, script="code.py", HF_ALLOW_CODE_EVAL="1")
     assert done.returncode == 0, done.stderr
     assert "4 held-out problems" in done.stdout and "You are an expert Python programmer" in done.stdout
     card = (tmp_path / "README.md").read_text()
@@ -208,7 +207,7 @@ def test_baseline_on_the_embedded_task(tmp_path):
     """STaR D+ at a tenth of its samples, started twice."""
     arguments = ["--plus", "true", "--num_samples", "18", "--max_steps", "2", "--num_eval_problems", "40"]
     for _ in range(2):
-        done = run(*arguments, "--output_dir", tmp_path, launcher=LAUNCH, script="baselines.py")
+        done = run(*arguments, "--output_dir", tmp_path, script="baselines.py")
         assert done.returncode == 0, done.stderr
         assert "star D+: 9000 attempts sampled" in done.stdout and done.stdout.count("2 optimizer steps") == 3
         assert re.search(r"^\| Accuracy@t2 \| \d\d\.\d \[.*\] \| \d\d\.\d \[", done.stdout, re.M)

@@ -3,11 +3,8 @@
 import json
 import logging
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from processes import ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -485,7 +483,7 @@ sample = sampler.sample
 
 def slowly(*args, **kwargs):
     if processes().process_index == 1 and not slept:
-        slept.append(time.sleep(6))
+        slept.append(time.sleep(3))
     return sample(*args, **kwargs)
 
 sampler.sample = slowly
@@ -504,10 +502,8 @@ def test_two_processes_do_what_one_does_and_wait_for_the_slower(tmp_path):
     settings = {"max_completion_length": 8, "batch_size": 2, "limit": 7}
     (tmp_path / "worker.py").write_text(WORKER)
     for number, folder in ((1, "one"), (2, "two")):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", "--standalone"]
-        command += [str(tmp_path / "worker.py"), str(tmp_path / folder), json.dumps(settings), BASE]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+        arguments = [tmp_path / "worker.py", tmp_path / folder, json.dumps(settings), BASE]
+        done = ranks(number, *arguments, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stderr[-3000:]
     for kind in ("evaluate", "collect", "scale/corrected", "scale/parallel"):
         one, two = tmp_path / "one" / kind, tmp_path / "two" / kind

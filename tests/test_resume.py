@@ -1,15 +1,13 @@
 """A run that was stopped and resumed ends with the weights of the uninterrupted run, bit for bit."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python, ranks
 from resume_worker import PROMPTS, make_trainer
 from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
@@ -282,12 +280,9 @@ def test_resume_into_an_empty_folder_is_refused(run, tmp_path):
 
 def worker(*runs, processes=1):
     """Run after run in a process of its own, or in several."""
-    command, environment = [sys.executable], dict(os.environ)
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command += [str(WORKER), json.dumps(runs)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    if processes == 1:
+        return python(WORKER, json.dumps(runs))
+    return ranks(processes, WORKER, json.dumps(runs), ACCELERATE_USE_CPU="true")
 
 
 def test_run_that_was_killed_resumes_from_the_last_whole_checkpoint(tmp_path, messages):

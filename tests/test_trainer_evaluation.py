@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import subprocess
 import warnings
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from test_distributed import WORKER, launched
+from processes import ranks
+from test_distributed import WORKER
 from test_score_trainer import move, rollouts
 from transformers import GenerationConfig
 
@@ -177,11 +177,9 @@ def test_evaluation_of_two_processes_counts_each_problem_once(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        command, environment = launched(processes)
         settings = {"evaluate_only": True, "generated": True, "num_test": 9, "per_device_eval_batch_size": 4}
         settings |= {"per_device_train_batch_size": 8 // processes, "max_steps": 1, "stage1_steps": 0}
-        command += [str(WORKER), str(folder), json.dumps(settings)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        done = ranks(processes, WORKER, folder, json.dumps(settings), ACCELERATE_USE_CPU="true", timeout=120)
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(json.loads((folder / "metrics.json").read_text()))
     one, two = found

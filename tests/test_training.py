@@ -237,6 +237,18 @@ def test_mistakes_are_said_in_one_line_and_before_devices(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+def test_processes_of_the_embedded_task_divide_the_cores_of_their_machine(tmp_path, monkeypatch):
+    """Four processes on two machines of eight cores: four threads each."""
+    numbers = []
+    monkeypatch.setattr("torch.set_num_threads", numbers.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="leaves no problem"):
+        module.main(["--task", "arithmetic", "--num_train_problems", "0", "--output_dir", str(tmp_path)])
+    assert numbers == [4]
+
+
 def test_a_folder_that_cannot_be_written_is_blamed(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as error:

@@ -458,7 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
         if task_args.task == Arithmetic.name and model_args.model_name_or_path is None:
             model_args.model_name_or_path = str(BASE_MODEL_PATH)
             # `accelerate launch` leaves a process on a CPU one thread.
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("WORLD_SIZE", "1"))))
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         task, train_rows, eval_rows = load_task(task_args, model_args)
         is_dataset = isinstance(task, DatasetTask)
         reward = task.reward_funcs if is_dataset else task.reward
