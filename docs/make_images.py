@@ -1,5 +1,5 @@
 """
-Makes the pictures of README.md and of reading_a_run.md: `python docs/make_images.py`, ten minutes on two CPU cores.
+Makes the pictures of README.md and of reading_a_run.md: `python docs/make_images.py`, some minutes on two CPU cores.
 
 Two runs of the embedded task: README's first command, and one without Stage I and without the bonus, which collapses to copying. A
 run that is in the folder already is used again. The picture of the report needs Chromium and `pip install playwright`.
