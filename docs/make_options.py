@@ -1,5 +1,6 @@
 """Writes options.md from the docstring of `SCoReConfig`: `python docs/make_options.py`. A test compares the page with what this makes."""
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -51,11 +52,11 @@ MEASURED = {
 
 def documented() -> dict[str, list[tuple[str, str]]]:
     """By group, the fields in the order of the docstring, each with its description."""
-    text = SCoReConfig.__doc__.partition("Parameters:")[2]
+    text = inspect.getdoc(SCoReConfig).partition("Parameters:")[2]
     groups = {}
     for group in re.split(r"\n +> ", text)[1:]:
         heading, _, rest = group.partition("\n")
-        found = re.findall(r"^ {8}(\w+) \(.*?\):\n((?:(?: {12}.*)?\n)+)", rest.rstrip(" ") + "\n", re.M)
+        found = re.findall(r"^ {4}(\w+) \(.*?\):\n((?:(?: {8}.*)?\n)+)", rest.rstrip(" ") + "\n", re.M)
         groups[heading.strip()] = [(name, " ".join(body.split())) for name, body in found]
     return groups
 

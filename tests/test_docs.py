@@ -41,7 +41,7 @@ def test_every_field_has_help_and_a_docstring():
     for field in ours:
         assert field.metadata["help"]
         documented = re.search(
-            rf"^        {field.name} \(.*defaults to `(.*)`\):|^        {field.name} \(", SCoReConfig.__doc__, re.M
+            rf"^    {field.name} \(.*defaults to `(.*)`\):|^    {field.name} \(", inspect.getdoc(SCoReConfig), re.M
         )
         assert documented, field.name
         if documented[1] is not None:

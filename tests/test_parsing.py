@@ -1,5 +1,6 @@
 """Options: errors of one line that name the nearest one, help in groups, configurations by name."""
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_problems_that_cannot_be_meant_are_refused(settings, message):
 
 def test_the_function_documents_the_options_of_its_command():
     documented = {}
-    for names, text in re.findall(r"^        ([\w, ]+) \((.*)\):$", evaluate_self_correction.__doc__, re.M):
+    for names, text in re.findall(r"^    ([\w, ]+) \((.*)\):$", inspect.getdoc(evaluate_self_correction), re.M):
         defaults = re.findall(r"`\"?([\w.]+)\"?`", text.partition("default")[2]) or [None] * 9
         documented |= dict(zip(names.split(", "), defaults, strict=False))
     for_the_shell = {"dataset_name", "dataset_config", "reward_funcs", *arguments.BACKENDS_OF}
