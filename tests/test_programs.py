@@ -2,6 +2,7 @@
 
 import pytest
 
+from trl_score.tasks.code import MBPP
 from trl_score.tasks.programs import extract_program
 
 
@@ -354,3 +355,26 @@ def test_without_names_the_last_function_counts():
 def test_no_text_raises(text):
     assert isinstance(extract_program(text, ["area"]), str)
     assert isinstance(extract_program(text, ["mean"], CONTEXT), str)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (PROGRAM, PROGRAM.replace("\n\n", "\n\n\n"), True),
+        (PROGRAM, PROGRAM.replace(" ** ", "**") + "  # of a circle", True),
+        (PROGRAM, PROGRAM.replace("(r):", '(r):\n    """Of a circle."""'), True),
+        (PROGRAM, PROGRAM.replace("** 2", "** 3"), False),
+        (PROGRAM, PROGRAM.replace("area", "size"), False),
+        ("x = 'a b'", "x = 'a  b'", False),  # spaces of a string count
+        ("def f():\n    'a'", "def f():\n    'b'", True),  # both do nothing
+        ("def f():\n    'a'\n    return 1", "def f():\n    return 1", True),
+        ("async def f():\n    'a'\n    return 1", "class f:\n    'a'\n    x = 1", False),
+        ("def f(:", "def f(:", True),  # not Python
+        ("def f(:", "def f( :", False),
+        ("(" * 5000 + ")" * 5000, "1", False),
+        ("x = 1\0", "x = 1", False),
+    ],
+)
+def test_programs_are_the_same_but_for_their_form(first, second, same):
+    task = MBPP(runner=lambda submissions: [])
+    assert task.same_answers([first, second], [second, first]) == [same, same]

@@ -87,6 +87,31 @@ def one_assert_each(tests: str) -> list[str]:
     return ["\n".join(map(ast.unparse, each)) for each in kept] or [tests]
 
 
+def without_form(program: str) -> str:
+    """
+    What a program does: equal for programs that differ in spaces, blank lines, comments and docstrings alone. What is not Python
+    stays as it is.
+
+    Example:
+    ```python
+    >>> without_form("def f(x):\n    \"\"\"One more.\"\"\"\n\n    return x+1  # done")
+    'def f(x):\n    return x + 1'
+    ```
+    """
+    try:
+        tree = ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return program
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+    try:
+        return ast.unparse(tree)
+    except RecursionError:
+        return program
+
+
 Runner = Callable[[Sequence[Submission]], Sequence[Verdict]]
 
 
@@ -217,6 +242,10 @@ class CodeTask(Task):
     def answer(self, text: str, *, names: list[str], context: str, **row) -> str | None:
         """The program; see [`Task.answer`]."""
         return extract_program(text, list(names), context).strip() or None
+
+    def same_answers(self, first: list[str], second: list[str]) -> list[bool]:
+        """Whether programs are the same but for spaces, comments and docstrings; see [`Task.same_answers`]."""
+        return [one == other or without_form(one) == without_form(other) for one, other in zip(first, second, strict=True)]
 
     def references(self) -> dict:
         """The reference programs by `task_id`; see [`CodeTask.gold`]."""
