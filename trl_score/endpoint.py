@@ -94,9 +94,8 @@ class EndpointSampler(Sampler):
     def _ask(self, messages: list[dict], **kwargs):
         try:
             return self.client.chat_completion(messages, **kwargs)
-        except (
-            Exception
-        ) as error:  # of the Hub's client or of the library below it, which is another one in other versions
+        # Of the Hub's client or of the library below it, which is another one in other versions.
+        except Exception as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OSError(
                 f"The endpoint ({self.where}) did not answer for the model '{self.name}': {said}. Check that it runs, that its "

@@ -84,9 +84,9 @@ def attempt_changes(attempts: Sequence[Sequence[Sequence[int]]]) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(B, K - 1)`: 0 for an attempt that repeats the one before.
     """
-    return torch.tensor([
-        [edit_distance_ratio(first, second) for first, second in pairwise(rollout)] for rollout in attempts
-    ])  # fmt: skip
+    return torch.tensor(
+        [[edit_distance_ratio(first, second) for first, second in pairwise(rollout)] for rollout in attempts]
+    )
 
 
 def bootstrap_intervals(

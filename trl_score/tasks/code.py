@@ -245,9 +245,8 @@ class CodeTask(Task):
 
     def same_answers(self, first: list[str], second: list[str]) -> list[bool]:
         """Whether programs are the same but for spaces, comments and docstrings; see [`Task.same_answers`]."""
-        return [
-            one == other or without_form(one) == without_form(other) for one, other in zip(first, second, strict=True)
-        ]
+        content = {program: without_form(program) for program in {*first, *second}}  # a vote compares each with many
+        return [content[one] == content[other] for one, other in zip(first, second, strict=True)]
 
     def references(self) -> dict:
         """The reference programs by `task_id`; see [`CodeTask.gold`]."""
