@@ -77,8 +77,8 @@ def test_examples_in_docstrings_are_true(module):
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    code = code.replace("max_steps=90", "max_steps=1").replace(
-        "per_device_train_batch_size=512", "per_device_train_batch_size=16"
+    code = code.replace("max_steps=80", "max_steps=1").replace(
+        "per_device_train_batch_size=256", "per_device_train_batch_size=16"
     )
     exec(compile(code, "README.md", "exec"), {})
 

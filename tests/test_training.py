@@ -333,7 +333,7 @@ def test_the_embedded_task_has_the_settings_of_its_configuration():
     assert {"task": "arithmetic", "output_dir": "outputs/arithmetic"} | module.EMBEDDED == settings
     arguments = ["--task", "arithmetic", "--output_dir", "x", "--max_steps", "5"]
     _, args, _ = module.train_parser(arguments).parse_args_and_config(arguments)
-    assert (args.max_steps, args.learning_rate, args.per_device_train_batch_size) == (5, 5e-4, 512)
+    assert (args.max_steps, args.learning_rate, args.per_device_train_batch_size) == (5, 5e-4, 256)
     arguments += ["--model_name_or_path", BASE, "--bf16", "false"]
     _, args, _ = module.train_parser(arguments).parse_args_and_config(arguments)
     assert args.learning_rate == SCoReConfig.learning_rate

@@ -39,9 +39,9 @@ EXAMPLES = ("i→c", "c→c", "i→i")  # first and last attempt, right (c) or w
 EMBEDDED = {
     "max_completion_length": 8,
     "num_generations": 8,
-    "per_device_train_batch_size": 512,
+    "per_device_train_batch_size": 256,
     "per_device_eval_batch_size": 1000,
-    "max_steps": 90,
+    "max_steps": 80,
     "stage1_steps": 20,
     "learning_rate": 5e-4,
     "warmup_steps": 5,

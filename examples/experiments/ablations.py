@@ -189,7 +189,7 @@ def commands(args, model: str, method: str, steps: int | None, seed: int, folder
     rl += ["--model_name_or_path", model, "--output_dir", folder, "--stage1_steps", steps or 0]
     rl += ["--per_device_train_batch_size", args.rollouts_per_step * (2 if method == "single-attempt RL" else 1)]
     sft = [EXAMPLES / "baselines.py", "--config", EXAMPLES / "configs" / "arithmetic_baselines.yaml", *shared]
-    sft += ["--output_dir", folder]
+    sft += ["--output_dir", folder, "--per_device_train_batch_size", args.rollouts_per_step]
     rl += CHANGES.get(method, [])
     if method in NOT_TRAINED:
         found = []
