@@ -279,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     logging.getLogger("trl_score").setLevel(logging.INFO)
     try:
         if command in ("train", "baselines"):
