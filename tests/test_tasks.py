@@ -157,7 +157,7 @@ def test_code_rewards_every_reference_program(task, name, split):
 @pytest.mark.parametrize("name", ["mbpp_repair", "humanevalfix"])
 def test_code_rewards_no_program_that_is_to_be_repaired(sandbox, name):
     """The attempt given in the prompt, handed in again. A short limit: many of these programs never end."""
-    hasty = Sandbox(cpu_seconds=1, allow_code_execution=True)
+    hasty = Sandbox(cpu_seconds=0.25, allow_code_execution=True)
     task = get_task(name, data_dir=str(DATA), sandbox=hasty)
     rows = task.load("test")
     columns = {column: rows[column] for column in ("tests", "names", "context")}
