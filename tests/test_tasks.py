@@ -146,9 +146,8 @@ def answers(name: str) -> dict:
 )  # fmt: skip
 def test_code_rewards_every_reference_program(task, name, split):
     rows, right = task(name).load(split), answers(name)
-    once = {
-        (row["task_id"], row["tests"]): row for row in rows
-    }.values()  # problems come with several programs to repair
+    # Problems come with several programs to repair.
+    once = {(row["task_id"], row["tests"]): row for row in rows}.values()
     columns = {column: [row[column] for row in once] for column in ("tests", "names", "context")}
     assert task(name).reward([right[row["task_id"]] for row in once], **columns) == [1.0] * len(once)
 
