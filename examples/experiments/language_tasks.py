@@ -79,6 +79,28 @@ FACTS = {  # kind: wordings of the question, and pairs of what it asks about and
         |deer fawn|frog tadpole|kangaroo joey|goose gosling|swan cygnet|owl owlet|elephant calf|fox cub|eagle eaglet""",
     ),
 }
+HELD_OUT_FACTS = {  # more facts of each kind, none of them to train on
+    "cap": """Slovakia Bratislava|Slovenia Ljubljana|Belarus Minsk|Armenia Yerevan|Azerbaijan Baku|Uzbekistan Tashkent|Cambodia Phnom
+        |Laos Vientiane|Oman Muscat|Qatar Doha|Jamaica Kingston|Honduras Tegucigalpa|Nicaragua Managua|Albania Tirana
+        |Malta Valletta|Cyprus Nicosia|Zambia Lusaka|Zimbabwe Harare|Angola Luanda|Mali Bamako|Sudan Khartoum|Somalia Mogadishu
+        |Rwanda Kigali|Namibia Windhoek|Mozambique Maputo|Niger Niamey|Botswana Gaborone|Fiji Suva|Bahrain Manama
+        |Liberia Monrovia""",
+    "cont": """Slovakia Europe|Slovenia Europe|Albania Europe|Cambodia Asia|Laos Asia|Oman Asia|Qatar Asia|Zimbabwe Africa
+        |Somalia Africa|Rwanda Africa|Namibia Africa|Panama America|Honduras America|Nicaragua America|Guatemala America
+        |Haiti America""",
+    "past": """become became|sink sank|ring rang|shoot shot|lend lent|lead led|mean meant|pay paid|sweep swept|swear swore
+        |tear tore|spin spun|stick stuck|strike struck|swing swung|weep wept|fight fought|seek sought|bend bent|blow blew
+        |lay laid|slide slid|bleed bled|forgive forgave|deal dealt|creep crept""",
+    "opp": """always never|arrive depart|attack defend|alive dead|beautiful ugly|borrow lend|bottom top|heavy light|public private
+        |male female|minimum maximum|positive negative|major minor|increase decrease|import export|smooth rough|ancient modern
+        |absent present|forward backward|victory defeat|horizontal vertical|internal external|odd even|shallow deep""",
+    "plur": """bench benches|bush bushes|wish wishes|match matches|enemy enemies|family families|army armies|cherry cherries
+        |calf calves|life lives|echo echoes|boy boys|monkey monkeys|peach peaches|kiss kisses|tax taxes|puppy puppies
+        |elf elves""",
+    "sym": """barium Ba|boron B|bromine Br|fluorine F|manganese Mn|platinum Pt|radium Ra|chromium Cr|krypton Kr|xenon Xe
+        |bismuth Bi|plutonium Pu""",
+    "young": """tiger cub|whale calf|giraffe calf|zebra foal|donkey foal|leopard cub|seal pup|moose calf|toad tadpole""",
+}
 WORDS = """apple river stone cloud tiger bread chair green light music ocean paper queen robot sugar table uncle violin water
 zebra candle dragon forest garden hammer island jungle kitten lemon monkey needle orange pencil rabbit silver tomato window
 yellow bottle camera dollar engine flower guitar honey insect jacket knight ladder mirror napkin oyster planet quartz ribbon
@@ -87,7 +109,7 @@ saddle turtle""".split()
 
 class Facts(Task):
     """
-    754 questions of common knowledge: 432 to train on, 322 held out, no fact in both. An answer is right if it has the word
+    1,054 questions of common knowledge: 432 to train on, 622 held out, no fact in both. An answer is right if it has the word
     and no "not" (a word of the answer, for capitals of two words).
     """
 
@@ -97,11 +119,13 @@ class Facts(Task):
     def load(self, split):
         rows = []
         for kind, (wordings, pairs) in FACTS.items():
-            for subject, gold in (pair.split() for pair in pairs.split("|")):
-                is_held_out = random.Random(f"{kind} {subject}").random() < 0.45
-                if is_held_out == (split == "test"):
-                    questions = [wording.format(subject) for wording in wordings]
-                    rows += [{"prompt": _chat(question, ""), "gold": gold, "level": kind} for question in questions]
+            facts = [pair.split() for pair in pairs.split("|")]
+            held_out = [fact for fact in facts if random.Random(f"{kind} {fact[0]}").random() < 0.45]
+            train = [fact for fact in facts if fact not in held_out]
+            held_out += [pair.split() for pair in HELD_OUT_FACTS[kind].split("|")]
+            for subject, gold in held_out if split == "test" else train:
+                questions = [wording.format(subject) for wording in wordings]
+                rows += [{"prompt": _chat(question, ""), "gold": gold, "level": kind} for question in questions]
         random.Random(1).shuffle(rows)
         return Dataset.from_list(rows)
 
