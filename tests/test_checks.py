@@ -26,6 +26,7 @@ from trl_score.context import ContextCheck
 from trl_score.objective import Stage, stage_one, stage_two, two_stages
 from trl_score.reference import check_adapter, check_reference_is_fixed, check_start
 from trl_score.rollout import Bridge
+from trl_score.sampling import TransformersSampler
 from trl_score.score_trainer import SCoReTrainer
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
@@ -592,6 +593,28 @@ def test_dropout_of_the_model_itself_is_warned_about():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
     with pytest.warns(UserWarning, match=r"`transformer.drop=0.1`.*Set `disable_dropout=True`"):
         warn_of_dropout(model)
+
+
+@pytest.mark.parametrize(
+    ("capability", "settings", "is_warned"),
+    [
+        ("AVX2", {"bf16": True}, True),
+        ("AVX2", {"model_init_kwargs": {"dtype": "bfloat16"}}, True),
+        ("AVX2", {}, False),
+        ("AVX512", {"bf16": True}, False),
+    ],
+)
+def test_bfloat16_is_warned_about_where_the_cpu_emulates_it(
+    monkeypatch, make_arithmetic_trainer, capability, settings, is_warned
+):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_arithmetic_trainer(**settings)
+        TransformersSampler(str(BASE_MODEL_PATH), **settings.get("model_init_kwargs", {}))
+    found = [str(each.message) for each in caught if "no instructions" in str(each.message)]
+    assert len(found) == (0 if not is_warned else 2 if "model_init_kwargs" in settings else 1)
+    assert all("Set `dtype='float32'`, and in training `bf16=False`." in each for each in found)
 
 
 def test_vllm_in_several_processes_needs_a_gpu_for_each():

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
@@ -238,6 +239,19 @@ def warn_of_dropout(model: nn.Module):
     warnings.warn(
         f"`{name}={rate:g}`: attempts are sampled with dropout in training, each token with other neurons switched off, so the "
         f"policy that is sampled and trained is not the one that is evaluated. {remedy}",
+        stacklevel=3,
+    )
+
+
+def warn_of_emulated_bfloat16(model: nn.Module, autocast: bool = False):
+    """Without instructions for bfloat16 a CPU emulates it, which takes several times as long as float32 (docs/faq.md)."""
+    halves = (parameter for parameter in model.parameters() if parameter.dtype == torch.bfloat16)
+    parameter = next(model.parameters() if autocast else halves, None)
+    if parameter is None or parameter.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return
+    warnings.warn(
+        "The model computes in bfloat16, for which this CPU has no instructions (its best are AVX2), so it takes several times as "
+        "long as in float32. Set `dtype='float32'`, and in training `bf16=False`.",
         stacklevel=3,
     )
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from . import fingerprints
+from .checks import warn_of_emulated_bfloat16
 from .decoding import (
     Decoding,
     end_token_ids,
@@ -167,6 +168,7 @@ class TransformersSampler(TokenSampler):
             tokenizer, chat_template_kwargs = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
             kwargs.setdefault("device_map", self._device_map())
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            warn_of_emulated_bfloat16(model)
         else:
             self.name = model.config._name_or_path
             if kwargs.keys() - {"trust_remote_code", "token"}:

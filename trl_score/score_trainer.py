@@ -43,6 +43,7 @@ from .checks import (
     check_unsupported,
     length_of_run,
     warn_of_dropout,
+    warn_of_emulated_bfloat16,
 )
 from .context import ContextCheck, context_limit
 from .decoding import trainer_decoding, trainer_tokenizer
@@ -213,6 +214,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         check_trainable(self.model)
         self._set_reference(model)
         warn_of_dropout(self.model)
+        warn_of_emulated_bfloat16(self.model, autocast=args.bf16)
         self._set_rollout()
         self._new_run(max(args.max_steps, 1))
 
