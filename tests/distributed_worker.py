@@ -53,6 +53,7 @@ def main():
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     with_lora, generated = settings.pop("lora", False), settings.pop("generated", False)
     num_test, evaluate_only = settings.pop("num_test", 8), settings.pop("evaluate_only", False)
+    streamed = settings.pop("streamed", False)
     # nodes: no process sees another one's files
     best, nodes = settings.pop("best", False), settings.pop("nodes", False)
     config = SCoReConfig(
@@ -79,12 +80,16 @@ def main():
     )
     set_seed(0)  # of the adapter
     task = Arithmetic(num_train=16, num_test=num_test)
+    train_dataset, eval_dataset = task.load("train"), task.load("test")
+    if streamed:  # in as many shards as processes
+        shards = int(os.environ["WORLD_SIZE"])
+        train_dataset, eval_dataset = (rows.to_iterable_dataset(shards) for rows in (train_dataset, eval_dataset))
     trainer = (SCoReTrainer if generated else FixedRollouts)(
         str(BASE_MODEL_PATH),
         task.reward if generated else reward,
         config,
-        train_dataset=task.load("train"),
-        eval_dataset=task.load("test"),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         peft_config=LoraConfig(r=4) if with_lora else None,
         callbacks=[KeepBestCheckpoint(1, load_at_end=True)] if best else None,
     )

@@ -109,6 +109,7 @@ OPTIONS = {
     "what is measured over the batch": {
         **{"kl_level": "sequence", "adaptive_stage1_beta": True, "num_attempts": 3, "gamma": 0.5},
     },
+    "data streamed in two shards": {"streamed": True},
 }
 FOUR_ROLLOUTS = {"num_generations": 4, "stage1_steps": 2}
 

@@ -66,6 +66,20 @@ def grader():
         (r"\boxed{4}. Wait. The answer is 3.", "3"),
         (r"The answer is \boxed{4}. It is not \boxed{5}.", "4"),
         (r"<think>\boxed{5}</think> I do not know", None),
+        ("I don't think there is an error, so the final answer is $5$. I hope it is correct.", "5"),
+        (r"\boxed{4}. I do not believe that this is right so the answer is \boxed{5}.", "5"),
+        (r"If $n=4$ then $2=3$, which is not the case, so the answer is $\boxed{5}$.", "5"),
+        (r"$\boxed{5}$ (not 6)", "5"),
+        (r"\boxed{5} (no units). \boxed{6} (not right)", "5"),
+        ("The answer is 4. Let me check. So the answer is actually 5.", "5"),
+        (r"\boxed{4}. No, the answer should be 5.", "5"),
+        ("The answer is 4. I checked it. The answer remains 4.", "4"),
+        ("Answer: She pays $18 in total.", "She pays $18 in total"),
+        ("**Answer:** The total is $18.", "The total is $18"),
+        ("The answer is $.50 each.", "$.50 each"),
+        ("I reason.\n<answer>18</answer>", "18"),
+        (r"\boxed{17}. <answer> \boxed{18} </answer>", "18"),
+        (r"The answer is $\boxed{\frac{3}{4}}$ or $0.75$.", r"\frac{3}{4}, 0.75"),
         ("I do not know", None),
         ("", None),
     ],
@@ -91,6 +105,7 @@ RIGHT = [
     ("a + b + c", "c+b+a"), ("2+3i", "3 i + 2"), (r"1-\frac{1}{\mathrm{e}}", r"1-\frac{1}{e}"), ("3(4)", "12"),
     ("p(3) = 10", "10"), ("2+2=4", "4"), (r"x=3 \quad \text{or} \quad x=4", "3, 4"), ("x>4", r"(4,\infty)"),
     (r"\varnothing", r"\emptyset"), ("2^{-98}", r"\frac{1}{2^{98}}"), ("A, C", r"\text{A,C}"),
+    ("0.3", r"30\%"), ("30", r"30\%"), (r"30\%", r"30\%"), (r"30\%", "0.3"), (r"\frac{3}{10}", r"30\%"),
 ]  # fmt: skip
 WRONG = [
     ("6", "5"), ("Each of them needs at least 101 stamps", "101"), ("3 or 4", "3"), (r"3 \text{ or } 4", "4"), ("3, 4", "3"), (r"3 \pm 1", "4"), ("it is 3, or perhaps 4", "4"),
@@ -102,6 +117,7 @@ WRONG = [
     ("3 4", "7"), ("3(4)", "7"), ("3 = 4", "4"), (r"x=3 \lor x=4", "4"), (r"x=3 \\ x=4", "4"), (r"3 \text{ if so, } 4 \text{ if not}", "3"),
     (r"5\text{ cm or } \frac{7}{2}", "5"), ("2 sin x", "2"), ("12 vs 0", "0"), ("not 5", "5"), (r"5\sqrt{2}$ $0", "0"), (r"\frac{2}{7} 0", "0"), (r"\sqrt{2}$ then $0", "0"), ("3...", "3"), ("1,23", "123"),
     ("2^{-99}", "2^{-98}"), ("0.0", r"10^{-7}"), ("0.0000001", "0"), (r"\frac{3}{7^{40}}", r"\frac{2}{7^{40}}"), ("0.000333", r"\frac{1}{3000}"),
+    (r"0.3\%", r"30\%"), (r"3000\%", r"30\%"), ("0.003", r"30\%"), ("3000", r"30\%"), (r"30\%", "0.003"), (r"500\%", "0.05"),
 ]  # fmt: skip
 
 
@@ -229,6 +245,7 @@ REPEATED = [  # problem, gold, answers that only repeat the problem, answers tha
     ("If $6x=12$, what is $3x$?", "6", ["6x=12"], ["6", "3x=6"]),
     ("Put $2x - y + 3 = 0$ in slope-intercept form.", "y=2x+3", ["2x-y+3=0"], ["y=3+2x"]),
     ("There are 5 dogs, $5$ cats and the point $(1,2)$.", "5", [], ["5", "5 dogs"]),
+    ("He drinks 90% of it and gives 70% of the rest. How much is that, as a percentage?", "70", [], ["70", "70%", r"70\%"]),
     (r"Which of $\frac12$ and $-3$ is larger?", r"\frac12", [], [r"\frac12", "1/2", "0.5"]),
 ]  # fmt: skip
 

@@ -135,6 +135,23 @@ def test_gold_answers_of_a_dataset_are_in_the_form_that_the_grader_reads():
     assert task.reward(task.gold(rows), solution=rows["solution"]) == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("answers", "attempts", "rewards"),
+    [
+        (["2\\sqrt{3}", "3\\pi"], ["The answer is $\\boxed{2\\sqrt{3}}$.", "So $\\boxed{3\\pi}$"], [1.0, 1.0]),
+        (["2\\sqrt{3}", "3\\pi"], ["The answer is $\\boxed{2}$.", "So $\\boxed{3}$"], [0.0, 0.0]),
+        ([5, 7], ["$\\boxed{5}$", "$\\boxed{8}$"], [1.0, 0.0]),
+        (["$\\frac{1}{2}$", "So it is $\\boxed{4}$"], ["$\\boxed{0.5}$", "$\\boxed{4}$"], [1.0, 1.0]),
+    ],
+)
+def test_a_column_of_answers_is_read_as_mathematics(tmp_path, answers, attempts, rewards):
+    """Bare LaTeX and integers too, of which TRL's reward by itself finds a part or nothing."""
+    rows = [{"problem": "?", "answer": answer} for answer in answers]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = DatasetTask(str(tmp_path / "d.jsonl"))
+    assert task.reward(attempts, solution=task.load("train")["solution"]) == rewards
+
+
 SMALL = ["--model", BASE, "--max_completion_length", "8", "--limit", "4"]
 
 

@@ -1,15 +1,19 @@
 """Trimmed micro-batches of rows sorted by length: the same loss and gradients as TRL's padded batch, of far fewer tokens."""
 
 import random
+import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
 from test_score_trainer import LORA, gradients, move, rollouts
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOTrainer
 
 from trl_score import SCoReTrainer
 from trl_score.padding import ScoredTokens, by_length, width
+from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 
 
 def ragged(trainer, lengths=(1, 8)):
@@ -75,6 +79,7 @@ def test_loss_gradients_and_reference_are_those_of_the_padded_batch(
     {"gradient_accumulation_steps": 2, "steps_per_generation": 6},
     {"gradient_accumulation_steps": 4, "loss_type": "dapo"},
     {"gradient_accumulation_steps": 4, "loss_type": "bnpo"},
+    {"gradient_accumulation_steps": 4, "entropy_coef": 1.0},
 ], ids=str)  # fmt: skip
 def test_training_ends_with_the_weights_of_padded_training(make_arithmetic_trainer, tmp_path, monkeypatch, options):
     """Two steps of Stage I and two of Stage II: sorting rows within a step leaves its gradient as it is."""
@@ -95,6 +100,44 @@ def test_training_ends_with_the_weights_of_padded_training(make_arithmetic_train
     assert max((found[0][name] - value).abs().max() for name, value in start.items()) > 1e-3
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_a_model_with_an_embedding_of_each_position_reads_a_row_alike_in_every_batch(
+    make_arithmetic_trainer, tmp_path
+):
+    """Without a step of the optimizer the KL stays 0, and what is scored has the positions of what was generated."""
+    torch.manual_seed(0)
+    special = {"bos_token_id": None, "eos_token_id": 17, "pad_token_id": 14}
+    sizes = {"vocab_size": 19, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 1.0}
+    GPT2LMHeadModel(GPT2Config(**sizes, **special)).save_pretrained(tmp_path / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(BASE_MODEL_PATH / name, tmp_path / "gpt2")
+    rows = Dataset.from_dict({
+        "prompt": [[{"role": "user", "content": digits}] for digits in ["1", "1 2 3 4 5 6 7"] * 8]
+    })  # fmt: skip
+    trainer = make_arithmetic_trainer(
+        {"model": str(tmp_path / "gpt2"), "reward_funcs": reward, "train_dataset": rows},
+        learning_rate=0.0, gradient_accumulation_steps=2, num_generations=2, max_steps=2, disable_dropout=True,
+    )  # fmt: skip
+    trainer.train()
+    for log in trainer.state.log_history[:-1]:
+        assert abs(log["kl_t1"]) < 1e-6 and abs(log["kl_t2"]) < 1e-6
+
+
+def test_virtual_tokens_are_not_scored(make_arithmetic_trainer):
+    """Prompt tuning has no reference to start at, so it trains without KL."""
+    prompt_tuning = {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}
+    with pytest.raises(
+        ValueError, match=r"`PromptTuningConfig` puts random virtual tokens .* `beta=0` and `stage1_beta=0`"
+    ):
+        make_arithmetic_trainer(prompt_tuning)
+    trainer = make_arithmetic_trainer(prompt_tuning, beta=0.0, stage1_beta=0.0, num_iterations=2)
+    ragged(trainer)
+    ours, plain = rollouts(trainer), rollouts(untrimmed(trainer))
+    ids = ours["attempt_ids"]
+    names = ("old_per_token_logps",)
+    for name in names:
+        torch.testing.assert_close(ours[name][ids > 0], plain[name][ids > 0], atol=1e-5, rtol=1e-5)
 
 
 def test_rows_are_sorted_within_an_optimizer_step_only():

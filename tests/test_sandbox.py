@@ -54,6 +54,13 @@ def test_hostile_programs_end_as_they_should(backend):
     assert sandbox_attacks.run(backend, sandbox_attacks.rows()) == []
 
 
+@pytest.mark.parametrize("arguments", ["[1, 2]", "{1: 2}, 3", "[[1], {2}]"])
+def test_a_program_that_returns_nothing_is_wrong_and_no_more(any_sandbox, arguments):
+    """It has changed no argument, so the tests are not ones that the sandbox cannot run."""
+    found = verdict(any_sandbox, "def f(*x):\n    pass", f"assert f({arguments}) == 3")
+    assert not found.passed and not found.unsupported
+
+
 @needs_data
 @pytest.mark.slow
 @pytest.mark.parametrize("user", ["whoever runs this", "ordinary"])

@@ -139,6 +139,34 @@ def test_a_schedule_says_what_each_step_optimizes(make_arithmetic_trainer):
     assert [log["stage"] for log in trainer.state.log_history if "stage" in log] == [1, 2, 1, 2]
 
 
+def test_a_schedule_is_asked_for_no_step_beyond_the_run(make_arithmetic_trainer):
+    """The last evaluation has the stage of the last step; a resumed run that is longer has the stages of its steps."""
+    stages = [stage_one(2), stage_one(2), stage_two(2), stage_one(2)]
+    trainer = make_arithmetic_trainer(
+        {"schedule": lambda step, _: stages[step]}, max_steps=4, eval_strategy="steps", eval_steps=2
+    )
+    trainer.train()
+    assert [log["eval_stage"] for log in trainer.state.log_history if "eval_stage" in log] == [2, 1]
+
+
+def test_mean_kl_is_that_of_all_tokens_whatever_the_micro_batches(make_arithmetic_trainer):
+    """Half of the first attempts are stored ones, which have no KL: micro-batches of one rollout have none or all of it."""
+    found = []
+    for size in (8, 1):
+        trainer = make_arithmetic_trainer(
+            {"train_dataset": with_stored()}, offline_first_attempts=0.5, max_steps=1, stage1_steps=0,
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
+        )  # fmt: skip
+        move(trainer, scale=0.3)
+        trainer._starts_at_reference = False
+        trainer.train()
+        found.append(trainer.state.log_history[0])
+    assert found[0]["kl_t1"] > 1e-3
+    for name in ("kl_t1", "kl_t2"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-4)
+    assert found[0]["completions/clipped_ratio_t1"] <= 0.5  # the stored ones, of three tokens, are not cut off
+
+
 def test_joint_schedule_has_the_bonus_and_the_strict_kl(make_arithmetic_trainer):
     joint = Stage(2, credited=(1, 2, 3), held=(1, 2))
     trainer = make_arithmetic_trainer(

@@ -171,7 +171,8 @@ def test_several_sets_have_names_of_their_own(make_arithmetic_trainer):
 # Each problem once
 
 
-def test_evaluation_of_two_processes_counts_each_problem_once(tmp_path):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_evaluation_of_two_processes_counts_each_problem_once(tmp_path, streamed):
     """Nine problems in batches of four over two processes: five rows fill up the last round, and none of them is counted."""
     found = []
     for processes in (1, 2):
@@ -179,6 +180,7 @@ def test_evaluation_of_two_processes_counts_each_problem_once(tmp_path):
         folder.mkdir()
         settings = {"evaluate_only": True, "generated": True, "num_test": 9, "per_device_eval_batch_size": 4}
         settings |= {"per_device_train_batch_size": 8 // processes, "max_steps": 1, "stage1_steps": 0}
+        settings["streamed"] = streamed
         done = ranks(processes, WORKER, folder, json.dumps(settings), ACCELERATE_USE_CPU="true", timeout=120)
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(json.loads((folder / "metrics.json").read_text()))
@@ -221,11 +223,28 @@ def test_another_number_of_attempts_in_evaluation(make_arithmetic_trainer, train
     assert len(evaluations) == 4
     for log in evaluations:
         assert f"eval_kl_t{evaluated}" in log and f"eval_accuracy_t{evaluated + 1}" not in log
-    files = sorted(Path(trainer.args.output_dir, "completions").glob("*.parquet"))
-    table = pd.read_parquet(files[0])  # written last by the evaluation of the step
-    assert (
-        len(table) == 8 and f"reward/attempt_{evaluated}" in table and f"reward/attempt_{evaluated + 1}" not in table
-    )
+    folder = Path(trainer.args.output_dir, "completions")
+    assert sorted(file.name for file in folder.iterdir()) == [
+        f"completions_{name}0000{step}.parquet" for name in ("", "eval_") for step in (1, 2, 3, 4)
+    ]
+    for name, attempts in (("completions_00003", train), ("completions_eval_00003", evaluated)):
+        table = pd.read_parquet(folder / f"{name}.parquet")
+        assert len(table) == 8 and set(table["step"]) == {3}
+        assert f"reward/attempt_{attempts}" in table and f"reward/attempt_{attempts + 1}" not in table
+
+
+def test_each_evaluation_has_its_own_completions(make_arithmetic_trainer):
+    """Also those of more rows than a generation has."""
+    rows = Arithmetic(num_test=20).load("test")
+    sets = {"small": rows.select(range(3)), "large": rows}
+    trainer = make_arithmetic_trainer(
+        {"eval_dataset": sets}, log_completions=True, max_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1,
+        num_completions_to_print=0,
+    )  # fmt: skip
+    trainer.train()
+    folder = Path(trainer.args.output_dir, "completions")
+    found = {file.stem.removeprefix("completions_"): len(pd.read_parquet(file)) for file in folder.iterdir()}
+    assert found == {"00001": 8, "00002": 8, "eval_small_00002": 3, "eval_large_00002": 20}
 
 
 # Overrides count

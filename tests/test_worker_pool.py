@@ -1,6 +1,7 @@
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from worker_pool import serve
 def handle(job):
     if job == b"die": os._exit(1)
     if job == b"hang": time.sleep(99)
+    if job.startswith(b"at "):
+        time.sleep(max(0, float(job[3:]) - time.time()))
+        os._exit(1)
     if job.startswith(b"once "):
         try:
             os.close(os.open(job[5:], os.O_CREAT | os.O_EXCL))
@@ -43,6 +47,17 @@ def test_a_job_whose_worker_died_is_tried_again(pool, tmp_path):
     """It may not have been the job's doing: the system kills what it likes when memory is short."""
     job = b"once " + os.fsencode(tmp_path / "tried")
     assert pool.map([job], time_limit=5)[0].result == job.upper()
+
+
+@pytest.mark.parametrize("apart", [0, 0.0005, 0.001])
+def test_workers_that_die_at_about_the_same_time_are_replaced(pool, apart):
+    """Also one that is found dead while the place of another is filled."""
+    for _ in range(5):
+        start = time.time() + 0.1
+        jobs = [f"at {start + i * apart}".encode() for i in range(2)]
+        outcomes = pool.map([*jobs, b"a", b"b"], time_limit=5)
+        assert [outcome.lost for outcome in outcomes] == ["its worker died"] * 2 + [""] * 2
+        assert [outcome.result for outcome in outcomes[2:]] == [b"A", b"B"]
 
 
 def test_several_threads_share_it(pool):

@@ -53,9 +53,15 @@ class Batch:
     attempt: int | None = None
     rewards: list[Tensor] = field(default_factory=list)
 
-    def truncated(self, eos_token_ids: set[int]) -> list[list[bool]]:
-        """Per rollout and attempt, whether it was cut off before an end-of-sequence token."""
-        return [[not ids or ids[-1] not in eos_token_ids for ids in row] for row in self.rollouts.attempts]
+    def truncated(self, eos_token_ids: set[int], limit: int) -> list[list[bool]]:
+        """
+        Per rollout and attempt, whether it was cut off at `limit` tokens, without an end-of-sequence token. A shorter one that lacks the
+        token is stored text, or ended with a stop string.
+        """
+        return [
+            [not ids or (len(ids) >= limit and ids[-1] not in eos_token_ids) for ids in row]
+            for row in self.rollouts.attempts
+        ]
 
     def trained_ids(self, truncated: list[list[bool]] | None = None) -> list[list[int]]:
         """

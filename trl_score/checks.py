@@ -77,6 +77,14 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
                 )
 
 
+def in_one_shard(dataset: IterableDataset) -> IterableDataset:
+    """
+    The same rows in the same order. Of a stream in several shards accelerate gives each process some of its own, after TRL has repeated
+    the rows, so the rollouts of a problem would be of different ones and some problems would not be sampled.
+    """
+    return IterableDataset.from_generator(dataset.__iter__, features=dataset.features)
+
+
 def check_first_attempts(dataset: Dataset | IterableDataset):
     """Every problem has stored first attempts."""
     rows = dataset if isinstance(dataset, Dataset) else dataset.take(1)
@@ -143,16 +151,18 @@ def length_of_run(num_problems: int | None, args: SCoReConfig) -> tuple[int, lis
     return max_steps, sorted(start for start in starts if start < max_steps)
 
 
-def check_stage1_steps(stage1_steps: float, max_steps: int):
+def check_stage1_steps(stage1_steps: float, max_steps: int, num_attempts: int = 2):
     """
     A share of the run that is above 0 and below 1 asks for both stages, so it must not round to none or all of the steps. A run
-    of a single step is exempt, as it has one stage in any case.
+    of a single step is exempt, as it has one stage in any case. Each attempt after the first is trained in some of the steps.
 
     Args:
         stage1_steps (`float`):
             Steps of Stage I, or their share if below 1.
         max_steps (`int`):
             Steps of the run.
+        num_attempts (`int`, *optional*, defaults to `2`):
+            Attempts in a rollout.
     """
     steps = resolve_stage1_steps(stage1_steps, max_steps)
     if 0 < stage1_steps < 1 < max_steps and steps in (0, max_steps):
@@ -160,6 +170,11 @@ def check_stage1_steps(stage1_steps: float, max_steps: int):
         raise ValueError(
             f"`stage1_steps={stage1_steps}` rounds to {number} of the {max_steps} steps, so {missing} would be left out. Set it to a "
             f"number of steps, to 0 for Stage II only, or to `max_steps` for Stage I only."
+        )
+    if 0 < steps < min(num_attempts - 1, max_steps):
+        raise ValueError(
+            f"Stage I trains the attempts 2 to {num_attempts} in turn, but `stage1_steps={stage1_steps}` gives it {steps} of the "
+            f"{max_steps} steps. Set it to {num_attempts - 1} steps or more, or to 0 for Stage II only."
         )
 
 

@@ -5,6 +5,7 @@ trimmed, and the language-model head scores the tokens of attempts alone. Loss a
 rounding.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -38,10 +39,13 @@ class ScoredTokens:
         targets = labels[:, 1:][mask].clamp(min=0)
 
         def keep_scored(module, args, output):
-            output.last_hidden_state = output.last_hidden_state[:, :-1][mask].unsqueeze(0)  # (1, N, hidden)
+            hidden = output.last_hidden_state[:, -mask.size(1) - 1 : -1]  # without the virtual tokens of an adapter
+            output.last_hidden_state = hidden[mask.to(hidden.device)].unsqueeze(0)  # (1, N, hidden)
             return output
 
         base = self.unwrapped.get_base_model() if hasattr(self.unwrapped, "get_base_model") else self.unwrapped
+        if takes_positions(self.unwrapped, base):
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         handle = base.base_model.register_forward_hook(keep_scored)
         try:
             output = self.model(**inputs, shift_labels=targets.unsqueeze(0))
@@ -50,8 +54,18 @@ class ScoredTokens:
         for name in ("log_probs", "entropy"):
             values = getattr(output, name)
             if values is not None:
-                setattr(output, name, values.new_zeros(mask.shape).masked_scatter(mask, values))
+                setattr(output, name, values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values))
         return output
+
+
+def takes_positions(model: nn.Module, base: nn.Module) -> bool:
+    """
+    Whether a model is told the position of each token in its row, as `generate` tells it. Else models with an embedding of each
+    position (GPT-2) count from the first column, and a row would have other positions in each micro-batch.
+    """
+    adapter = getattr(model, "active_peft_config", None)
+    has_virtual_tokens = adapter is not None and adapter.is_prompt_learning  # with them PEFT takes no positions
+    return not has_virtual_tokens and "position_ids" in inspect.signature(base.base_model.forward).parameters
 
 
 def width(attention_mask: Tensor, logits_to_keep: int) -> tuple[int, int]:

@@ -81,7 +81,15 @@ def _check_folder(model: PreTrainedModel, args: SCoReConfig):
 
 
 def check_adapter(config: PeftConfig):
-    """The model under an adapter is the reference, so an adapter must neither rewrite nor train its weights."""
+    """
+    The model under an adapter is the reference, so an adapter must neither rewrite nor train its weights, and has to begin with its
+    outputs.
+    """
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"`{type(config).__name__}` puts random virtual tokens before the prompt, so training would not begin at the reference of "
+            "the KL penalties, the model without them. Use `LoraConfig`, or train without KL: `beta=0` and `stage1_beta=0`."
+        )
     init = getattr(config, "init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(REWRITING_INITS):
         raise ValueError(

@@ -4,6 +4,7 @@ A logged metric is the mean of its values, so a smaller last batch does not coun
 """
 
 import math
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,7 +21,7 @@ TOKENS = (
 
 
 def rollout_values(
-    batch: Batch, rewards: Tensor, counted: Tensor, eos_token_ids: set[int], gather: Callable[[Tensor], Tensor]
+    batch: Batch, rewards: Tensor, counted: Tensor, truncated: list[list[bool]], gather: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """
     The metrics of a batch, by their names in the logs.
@@ -32,8 +33,8 @@ def rollout_values(
             Weighted reward of each attempt by each reward function, NaN where the function abstained.
         counted (`torch.Tensor` of shape `(B of all processes,)`):
             Whether a rollout is counted.
-        eos_token_ids (`set[int]`):
-            The tokens that end an attempt.
+        truncated (`list[list[bool]]`):
+            Whether each attempt of each rollout of this process was cut off.
         gather (`Callable[[torch.Tensor], torch.Tensor]`):
             Function from a tensor of the rows of this process to one of the rows of all processes.
 
@@ -49,8 +50,7 @@ def rollout_values(
     total = total_rewards(rewards)
     values |= {f"reward_t{k}": total[counted, k - 1] for k in attempts}
     own = {}  # of the rows of this process
-    truncated = zip(*batch.truncated(eos_token_ids), strict=True)
-    own |= {f"completions/clipped_ratio_t{k}": each for k, each in enumerate(truncated, start=1)}
+    own |= {f"completions/clipped_ratio_t{k}": each for k, each in enumerate(zip(*truncated, strict=True), start=1)}
     lengths = zip(*([len(ids) for ids in row] for row in batch.rollouts.attempts), strict=True)
     own |= {f"completions/mean_length_t{k}": each for k, each in enumerate(lengths, start=1)}
     if batch.num_attempts > 1:
@@ -77,6 +77,11 @@ def total_rewards(rewards: Tensor) -> Tensor:
         `torch.Tensor` of shape `(B, K)`: NaN where all functions abstained.
     """
     return torch.where(rewards.isnan().all(-1), torch.nan, rewards.nansum(-1))
+
+
+def empty_table(logs: dict) -> dict:
+    """A table of completions with TRL's columns and room for the rows of a whole evaluation."""
+    return {name: deque() if isinstance(column, deque) else defaultdict(deque) for name, column in logs.items()}
 
 
 def fill_table(logs: dict, rewards: Tensor, advantages: Tensor):
@@ -123,7 +128,7 @@ def kl_sums(kl: Tensor, attempt_ids: Tensor, num_attempts: int) -> Tensor:
 
 def means(metrics: Mapping[str, list[float]]) -> dict[str, float | None]:
     """
-    The metrics of a whole evaluation.
+    The metrics of a whole evaluation, or of the steps since the last log.
 
     Args:
         metrics (`Mapping[str, list[float]]`):
@@ -137,7 +142,8 @@ def means(metrics: Mapping[str, list[float]]) -> dict[str, float | None]:
     for name, values in metrics.items():
         valid = [value for value in values if not math.isnan(value)]
         if name + TOKENS in metrics:
-            found[name] = sum(valid) / max(sum(metrics[name + TOKENS]), 1.0)
+            tokens = sum(metrics[name + TOKENS])
+            found[name] = sum(valid) / tokens if tokens else None
         elif not name.endswith(TOKENS):
             found[name] = sum(valid) / len(valid) if valid else None
     return found

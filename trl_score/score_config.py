@@ -304,7 +304,7 @@ class SCoReConfig(GRPOConfig):
                 )
         if self.beta == 0 and self.stage1_beta > 0 and self.stage1_steps > 0:
             raise ValueError(
-                "`stage=1` penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
+                "Stage I penalizes the first attempt's KL to a reference model (Eq. 3), but `beta=0.0` makes TRL load "
                 "none. Set `beta` above 0; the paper uses 0.01. To train without any KL set `stage1_beta=0` too."
             )
         if self.adaptive_stage1_beta and (self.stage1_beta == 0 or self.stage1_steps == 0):

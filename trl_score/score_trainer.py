@@ -13,11 +13,11 @@ The hooks that start, save and resume a run are in `resuming.py`, those that eva
 is in `decoding.py`. No other file knows TRL's internals.
 """
 
+import math
 import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -41,6 +41,7 @@ from .checks import (
     check_stage1_steps,
     check_trainable,
     check_unsupported,
+    in_one_shard,
     length_of_run,
     warn_of_dropout,
     warn_of_emulated_bfloat16,
@@ -74,7 +75,7 @@ from .reference import (
 from .resuming import ResumableTrainer
 from .reward_errors import graded, unique_names
 from .rollout import Bridge, Rollouts, decode_attempts, roll_out, save_rollout_settings
-from .rollout_metrics import TOKENS, fill_table, kl_sums, rollout_values
+from .rollout_metrics import TOKENS, empty_table, fill_table, kl_sums, means, rollout_values
 from .score_config import SCoReConfig
 from .tasks.base import text_of
 from .tasks.math import CORRECTION_INSTRUCTION
@@ -184,10 +185,12 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         if loading.get("trust_remote_code"):
             args.trust_remote_code = True  # of tokenizer, configuration and reference as well
         check_datasets(train_dataset, eval_dataset, args)
+        if isinstance(train_dataset, IterableDataset) and args.world_size > 1 and train_dataset.num_shards > 1:
+            train_dataset = in_one_shard(train_dataset)
         num_problems = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
         max_steps, generation_starts = length_of_run(num_problems, args)
         if schedule is None:
-            check_stage1_steps(args.stage1_steps, max_steps)
+            check_stage1_steps(args.stage1_steps, max_steps, args.num_attempts)
             schedule = partial(two_stages, stage1_steps=args.stage1_steps, num_attempts=args.num_attempts)
         check_schedule(schedule, max_steps, generation_starts, args.num_attempts)
         self.schedule = schedule
@@ -240,12 +243,14 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self.reward_func_names = unique_names(self.reward_func_names)
         self._batch: Batch | None = None  # the one that is being made
         self._shown: Batch | None = None  # the one that the console has
+        if (given := (args.generation_kwargs or {}).get("eos_token_id")) is not None:
+            self.eos_token_ids = [given] if isinstance(given, int) else list(given)
         self._bridge = Bridge(self._tokenizer, self.chat_template_kwargs, self.eos_token_ids)
         self.rollout_func = self._roll_out  # TRL's hook for rollouts, which `_generate` calls
         # TRL looks at a row's last token and drops whole rows. Here truncation is per attempt, see `_roll_out`.
         self.mask_truncated_completions = False
         # Training and evaluation can have different columns, so each has its table of completions.
-        self._tables = {"train": self._logs, "eval": deepcopy(self._logs)}
+        self._tables = {"train": self._logs, "eval": empty_table(self._logs)}
         limit = context_limit(self.model.config, args)
         self._context = ContextCheck(limit, self.max_completion_length, self._bridge)
         self._context.check_datasets(
@@ -274,7 +279,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     @property
     def _sorts_rows(self) -> bool:
         """Whether a step's gradient is a sum over its rows, however they are divided into micro-batches."""
-        return self.loss_type != "bnpo" and self.top_entropy_quantile == 1.0 and not self.aux_loss_enabled
+        is_mean_of_micro_batch = self.loss_type == "bnpo" or self._entropy_bonus_enabled or self.aux_loss_enabled
+        return not is_mean_of_micro_batch and self.top_entropy_quantile == 1.0
 
     def _check_start(self, inputs: dict):
         """Compare policy and reference on the first batch of a run, without the dropout of training."""
@@ -293,8 +299,9 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     # A batch of rollouts
 
     def stage_at(self, step: int) -> Stage:
-        """The stage of an optimizer step, counted from 0."""
-        return self.schedule(step, self._planned_steps)
+        """The stage of an optimizer step, counted from 0. After the last step it is the stage of that step."""
+        last = max(self._planned_steps, self.state.max_steps) - 1  # a resumed run can be longer than planned
+        return self.schedule(min(step, last), self._planned_steps)
 
     def _new_batch(self, instructions: list[str]) -> Batch:
         training = self.model.training
@@ -366,8 +373,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         batch.completions = [
             decode_attempts(self._tokenizer, prompts, rollouts, k + 1) for k in range(batch.num_attempts)
         ]
-        masked = batch.truncated(self.eos_token_ids) if self.args.mask_truncated_completions else None
-        batch.trained = batch.trained_ids(masked)
+        truncated = batch.truncated(self.eos_token_ids, self.max_completion_length)
+        batch.trained = batch.trained_ids(truncated if self.args.mask_truncated_completions else None)
         return {
             "prompt_ids": rollouts.prompt_ids,
             "completion_ids": rollouts.completion_ids,
@@ -575,7 +582,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     def _log_rollouts(self, rewards: Tensor, advantages: Tensor, counted: Tensor):
         """Log a batch: rewards (B, K, F), advantages (B, K) and which rollouts are counted (B,), all of all processes."""
         batch, metrics = self._batch, self._metrics[self._batch.mode]
-        values = rollout_values(batch, rewards, counted, self.eos_token_ids, self.accelerator.gather)
+        truncated = batch.truncated(self.eos_token_ids, self.max_completion_length)
+        values = rollout_values(batch, rewards, counted, truncated, self.accelerator.gather)
         metrics["stage"].append(batch.stage.number)
         for name, each in values.items():
             metrics[name].extend(each.tolist())
@@ -597,8 +605,14 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         number = self.num_completions_to_print
         self.num_completions_to_print = -1  # TRL prints no table: it is wider than a console
+        mode = "train" if self.model.training else "eval"
+        self._logs, metrics = self._tables[mode], self._metrics[mode]
+        found = means(metrics)
+        metrics.clear()
+        metrics.update({name: [math.nan if value is None else value] for name, value in found.items()})
         try:
-            super().log(logs, start_time)
+            with nullcontext() if mode == "train" else self._file_of_evaluation():
+                super().log(logs, start_time)
         finally:
             self.num_completions_to_print = number
         if self.log_completions and self.accelerator.is_main_process:
@@ -614,18 +628,15 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             print(transcript(batch, prompts, self.state.global_step, self.num_completions_to_print))
 
     def _log_kl(self, kl: Tensor, inputs: dict[str, Tensor]):
-        """Log the mean KL of each attempt's tokens. In evaluation the mean is over all batches, see `evaluation_loop`."""
+        """Log the KL of each attempt's tokens, whose mean is over all micro-batches (`means`)."""
         mode, attempt_ids = "train" if self.model.training else "eval", inputs["attempt_ids"]
         if "counted" in inputs:
             attempt_ids = attempt_ids * inputs["counted"].unsqueeze(1)
         number = self.args.num_attempts if mode == "train" else self.args.num_attempts_eval
         sums = self.accelerator.reduce(kl_sums(kl, attempt_ids, number), reduction="sum")  # (2, K)
         for k, (total, tokens) in enumerate(sums.T.tolist(), start=1):
-            if mode == "train":
-                self._metrics[mode][f"kl_t{k}"].append(total / max(tokens, 1.0))
-            else:
-                self._metrics[mode][f"kl_t{k}"].append(total)
-                self._metrics[mode][f"kl_t{k}{TOKENS}"].append(tokens)
+            self._metrics[mode][f"kl_t{k}"].append(total)
+            self._metrics[mode][f"kl_t{k}{TOKENS}"].append(tokens)
 
     # Attempts outside of training
 

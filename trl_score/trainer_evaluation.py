@@ -1,15 +1,22 @@
 """Evaluation inside of a training run: it counts each problem once, and training does not notice it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import GRPOTrainer
 
 from .decoding import keep_random_state
-from .rollout_metrics import means
+from .rollout_metrics import empty_table, means
 
 
 class EvaluatingTrainer(GRPOTrainer):
     """The hooks of [`~trl_score.SCoReTrainer`] that evaluate."""
+
+    _evaluation = "eval"  # the prefix of the last one
 
     def evaluate(self, *args, **kwargs):
         with keep_random_state():  # a run with evaluations equals one without
@@ -19,9 +26,18 @@ class EvaluatingTrainer(GRPOTrainer):
         with keep_random_state():
             return super().predict(*args, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """TRL's. Several processes read streamed data as rows first: a stream does not tell which rows fill up the last batch."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        given = self.eval_dataset[given] if isinstance(given, str) else given
+        if isinstance(given, IterableDataset) and self.accelerator.num_processes > 1:
+            eval_dataset = Dataset.from_list(list(given))
+        return super().get_eval_dataloader(eval_dataset)
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """TRL's, with the metrics of the rollouts in its result, under the prefix of the evaluation set."""
         self._metrics["eval"].clear()
+        self._tables["eval"], self._evaluation = empty_table(self._tables["eval"]), metric_key_prefix
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             found = means(self._metrics["eval"])
@@ -29,6 +45,23 @@ class EvaluatingTrainer(GRPOTrainer):
         finally:
             self._metrics["eval"].clear()
         return output
+
+    @contextmanager
+    def _file_of_evaluation(self) -> Iterator[None]:
+        """Within this context TRL writes the table of completions of an evaluation, beside that of the training step."""
+        file = Path(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.parquet")
+        aside = file.with_suffix(".aside")
+        if not (self.log_completions and self.accelerator.is_main_process):
+            yield
+            return
+        if file.exists():
+            file.replace(aside)
+        try:
+            yield
+            file.replace(file.with_name(file.name.replace("_", f"_{self._evaluation}_", 1)))
+        finally:
+            if aside.exists():
+                aside.replace(file)
 
     def _counted(self, number: int) -> Tensor:
         """
@@ -38,10 +71,7 @@ class EvaluatingTrainer(GRPOTrainer):
         last = number
         if not self.model.training:
             rows = getattr(self.callback_handler.eval_dataloader, "dataset", None)
-            state = self.accelerator.gradient_state
-            if hasattr(rows, "__len__"):
+            if hasattr(rows, "__len__"):  # no stream
                 before = len(self._metrics["eval"]["reward_t1"])  # counted in the batches before
                 last = min(number, len(rows) * self.num_generations_eval - before)
-            elif state.end_of_dataloader and state.remainder > 0:  # streamed data
-                last = state.remainder
         return torch.arange(number, device=self.accelerator.device) < last

@@ -204,8 +204,8 @@ class WorkerPool:
             _end_all(self._workers)
 
     def _staff(self, num_workers: int) -> None:
-        """Start workers until there are `num_workers`, all idle and ready."""
-        for worker in [worker for worker in self._workers if worker.process.poll() is not None]:
+        """Start workers until there are `num_workers`. Of those that have ended, one with a job is still to be read (`map`)."""
+        for worker in [each for each in self._workers if each.file is None and each.process.poll() is not None]:
             self._workers.remove(worker)
             worker.end()
         new = [Worker(self.command, self.env) for _ in range(num_workers - len(self._workers))]

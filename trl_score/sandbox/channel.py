@@ -629,7 +629,8 @@ class Peer:
         if not any(isinstance(each, list | dict | set | bytearray) for each in (*arguments, *named.values())):
             return False
         with contextlib.suppress(Exception):
-            return [self.pack(arguments), self.pack(named)] != [message["with"], message["named"]]
+            before = [message["with"]["tuple"][1:], message["named"]]  # without the function itself
+            return [self.pack(arguments[1:])["tuple"], self.pack(named)] != before
         return False
 
     def describe(self, error: BaseException) -> dict:

@@ -1,5 +1,6 @@
 """Problems of any dataset, graded by reward functions, as TRL's own scripts take them."""
 
+import re
 from collections.abc import Callable
 from functools import wraps
 
@@ -75,6 +76,8 @@ class DatasetTask(Task):
             )
         if "solution" not in rows.column_names and "answer" in rows.column_names:
             rows = rows.rename_column("answer", "solution")
+            if self.reads_mathematics:
+                rows = rows.map(lambda row: {"solution": _mathematics(row["solution"])})
         return rows
 
     def has(self, split: str) -> bool:
@@ -102,6 +105,15 @@ class DatasetTask(Task):
             return [None] * len(rows)
         texts = map(str, rows["solution"])
         return [each if "\\boxed" in each else f"\\boxed{{{each.strip().strip('$')}}}" for each in texts]
+
+
+def _mathematics(answer: object) -> str | None:
+    r"""An answer as TRL's rewards read it: they find no LaTeX outside of dollars, and take the 2 of `2\sqrt{3}` for the answer."""
+    if answer is None:
+        return None
+    text = str(answer).strip()
+    is_text = re.search(r"\$|\\boxed|####|\n|(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}", text)
+    return text if is_text else f"$\\boxed{{{text}}}$"
 
 
 def reward_function(name: str) -> Callable:

@@ -70,12 +70,13 @@ def _same_number(gold: Expr, found: Expr) -> bool:
     """By value, to 20 digits. Of a number without a finite decimal, five digits will do; 30 % is 30 and 0.3."""
     if gold == found:
         return True
-    percent = gold.has(UnevaluatedExpr) or found.has(UnevaluatedExpr)
+    percents = gold.has(UnevaluatedExpr), found.has(UnevaluatedExpr)
+    scales = {(True, False): (1, Rational(1, 100)), (False, True): (1, 100)}.get(percents, (1,))
     literals = _decimal(found), _decimal(gold)
     gold, found = gold.doit(), found.doit()
-    if isinstance(gold, Rational) and isinstance(found, Rational) and not percent:
+    if isinstance(gold, Rational) and isinstance(found, Rational) and not any(percents):
         return gold == found
-    for scale in (1, 100, Rational(1, 100)) if percent else (1,):
+    for scale in scales:
         one, other = gold.evalf(40), (found * scale).evalf(40)
         if not (one.is_finite and other.is_finite):
             return False

@@ -22,7 +22,7 @@ TYPED = [  # formulas in a statement without the marks of mathematics, with lett
 ]
 SIDES = re.compile(r"=|<|>|\\(?:leq?|geq?|neq?|approx|equiv|quad|qquad)(?![a-zA-Z])|,|;|\\\\|&|:")
 RECURRING = re.compile(r"\\(?:overline|bar|dot)(?![a-zA-Z])|dots(?![a-zA-Z])|\.\.\.")
-PLAIN = re.compile(r"[-+]?(?:\d*(?:\.\d+)?|[a-zA-Z]|\\pi|\\infty)")
+PLAIN = re.compile(r"[-+]?(?:\d*(?:\.\d+)?(?:\\?%)?|[a-zA-Z]|\\pi|\\infty)")
 NUMBER = re.compile(r"(?<![\w.\\])(?<!_\{)\d+(?:\.\d+)?")
 
 

@@ -4,7 +4,7 @@ Where an attempt states its answer. A text that states none has none: no number 
 An answer is stated in one of these forms. The first row that the attempt has counts, and in it the last statement:
 
 1. the form that the prompt asks for: "The final answer is $..$. I hope it is correct.";
-2. a closed box; "the (final) answer is .."; "Answer: .." or "A: .."; ".. is the answer"; GSM8K's "#### ..";
+2. a closed box; "the (final) answer is .."; "Answer: .." or "A: .."; ".. is the answer"; GSM8K's "#### .."; <answer>..</answer>;
 3. a last line that is nothing but the answer.
 
 A statement that the attempt itself denies ("it is not \boxed{5}", "\boxed{5} is wrong") is none, nor is one in the reasoning
@@ -24,7 +24,7 @@ MAX_STATEMENTS = 50  # statements of one form that are looked at, from the last
 HOPE = re.compile(r"final answer is\b:?((?:(?!final answer is\b)[\s\S]){0,1500}?)I hope it is correct", re.IGNORECASE)
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 LABEL = re.compile(
-    r"\banswer\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|would be|will be|must be)\b(?: (?:therefore|thus|then|hence|simply|just)\b)?|[:=])[:*_,]*"
+    r"\banswer\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b(?: (?:therefore|thus|then|hence|simply|just|actually|still|now|again|indeed|clearly|also)\b)?|[:=])[:*_,]*"
     r"|\bsolution is\b:?|^\W{0,4}A:|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -53,6 +53,8 @@ FORMULA = re.compile(r"\$\$?[^$]+\$\$?|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+
 DISPLAY = re.compile(r"(?:\\\[|\$\$)((?:(?!\\\[|\$\$)[\s\S]){1,400}?)(?:\\\]|\$\$)\W{0,3}$")  # at the end
 NUMBERED = re.compile(r"\d{1,2}[.)]")  # of a list that has just begun its next point
 MONEY = re.compile(r"[-+]?\$?\d[\d,.]*\$?")
+MONEY_SIGN = re.compile(r"(?<![\\$\w])\$(?=-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![\w\\^_{$]))|(?<=\d)\$(?![\w\\$])")
+TAGGED = re.compile(r"<answer>([^<]{1,1000})</answer>", re.IGNORECASE)
 FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
 
 # --- parts of one answer, and alternatives to it ---
@@ -60,7 +62,9 @@ FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
 JOINT = re.compile(  # between two boxes of one answer: marks and "and"; or an "or" in the same sentence
     r"(?:[\s$,;&/|]|\\quad|\\[()\[\]]|\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})*|[^.\n]{0,40}\bor\b[^.\n]{0,40}"
 )
-OR_AFTER = re.compile(r"[\s$*)\]\\]*(?:\bor\b|\bvs\b)[^.\n]{0,40}?(?=\d|\\)[^\s.]*", re.IGNORECASE)  # \boxed{3} or 4
+OR_AFTER = re.compile(
+    r"[\s$*)\]\\]*(?:\bor\b|\bvs\b)[^.\n]{0,40}?(?=\d|\\)([^\s.]*(?:\.\d+)?)", re.IGNORECASE
+)  # \boxed{3} or 4
 OR_BEFORE = re.compile(r"(?:\beither\b|\banswer(?: is\b|:))[^.\n,]{0,40}\bor\b[^.\n,]{0,20}$", re.IGNORECASE)
 
 # --- denials ---
@@ -69,7 +73,7 @@ NOT = r"(?:\bnot\b|n't\b|\bnever\b|\bcannot\b|\bneither\b|\binstead of\b|\brathe
 VERDICT = r"(?:wrong|incorrect|false|impossible|mistaken|a mistake|an error)\b"
 DENIED_BEFORE = re.compile(
     rf"(?:{NOT}(?:\s+(?:be|been|equal|equals|to|the|an?|answer|final|correct|right|value|just|simply|actually|really"
-    r"|definitely|possibly))*|(?:\bnot|n't)\s+(?:the case|true|think|believe|say|claim|mean|sure)\b[^.\n]{0,40}"
+    r"|definitely|possibly))*|(?:\bnot|n't)\s+(?:the case|true|think|believe|say|claim|mean|sure)\b(?:(?!\b(?:so|but|thus|hence|therefore)\b)[^.,;:\n]){0,40}"
     r"|\b(?:wrong|incorrect|false)\b[\s,:]*(?:answer|value|solution)?(?:\s*(?:is|was|would be|:))?)"
     r"[\s$*(\[\\]*(?:[a-zA-Z]\s*=\s*)?$",
     re.IGNORECASE,
@@ -77,7 +81,7 @@ DENIED_BEFORE = re.compile(
 DENIED_AFTER = re.compile(
     rf"[\s$*)\]\\.]*(?:(?:is|was|are|would be|must be|seems|looks) (?:\w+ )?{VERDICT}"
     r"|(?:is|was|are|would|can|could|must|should)(?:n['’]t| ?not)(?: \w+)?(?: be)? (?:the\b[\w ]{0,16}\banswer|right|correct|it\b|true|valid|possible)"
-    r"|does(?:n['’]t| not) work\b|\((?:wrong|incorrect|not|no)\b|\?\s*(?:no|wrong)\b)",
+    r"|does(?:n['’]t| not) work\b|\((?:wrong|incorrect|(?:not|no)(?=\)| (?:right|correct|the answer)))\b|\?\s*(?:no|wrong)\b)",
     re.IGNORECASE,
 )
 
@@ -153,7 +157,7 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
         if not parts:
             place = end
             if alternative := OR_AFTER.match(text, end):
-                content += alternative.group()
+                parts = [MATH_MARKS.sub("", alternative.group(1))]
         if content not in parts:
             parts.insert(0, content)
         begin = box.start()
@@ -172,8 +176,9 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
         sentence = REASON.sub("", lines[0][: end.start()] if end else lines[0])
         if display := re.match(r"\s*(?:\\\[|\$\$)\s*([\s\S]{1,400}?)(?:\\\]|\$\$)", rest):
             sentence = display.group(1)
-        elif len(MATH_MARKS.findall(sentence)) % 2 and not MONEY.match(sentence.strip(" *")):  # cut off in a formula
-            continue
+        elif len(MATH_MARKS.findall(sentence)) % 2:
+            if len(MATH_MARKS.findall(MONEY_SIGN.sub("", sentence))) % 2:  # cut off in a formula
+                continue
         stop = label.end() + rest.index(lines[0]) + (end.start() if end else len(lines[0]))
         denied = "####" not in label.group() and _is_denied(text, label.start(), stop)
         if (
@@ -187,6 +192,9 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
             sentence = sentence.rstrip(' }]"')
         if len(sentence) <= MAX_ANSWER and (answer := unwrapped(sentence)) and not answer.startswith("```"):
             yield label.end(), answer
+    for stated in _last(TAGGED, text):
+        if not BOX.search(stated.group(1)):
+            yield stated.start(), unwrapped(stated.group(1))
     for stated in _last(IS_THE_ANSWER, text):
         if not _is_denied(text, stated.start()):
             yield stated.start(), unwrapped(stated.group(1))
