@@ -278,6 +278,115 @@ def test_star_interrupted_in_its_second_iteration_ends_with_the_same_weights(tmp
         run_baseline(model, TASK, arguments(plus=False), sft)
 
 
+PAIRS = {"method": "pair_sft", "num_samples": 8}
+
+
+@pytest.fixture
+def interrupted(sft, monkeypatch):
+    """A Pair-SFT of four steps with a checkpoint after each, interrupted when a method of the trainer is called for the nth time."""
+
+    def run(method, n=1, **changes):
+        args = replace(sft, **{"max_steps": 4, "save_strategy": "steps", "save_steps": 1} | changes)
+        calls, original = [], getattr(SFTTrainer, method)
+
+        def breaks(self, *args, **kwargs):
+            calls.append(method)
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SFTTrainer, method, breaks)
+            with pytest.raises(KeyboardInterrupt):
+                run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), args)
+        return args
+
+    return run
+
+
+def steps_trained(monkeypatch):
+    """A list that gets an entry for each training step from now on."""
+    steps, training_step = [], SFTTrainer.training_step
+    monkeypatch.setattr(
+        SFTTrainer, "training_step", lambda *args, **kwargs: steps.append(1) or training_step(*args, **kwargs)
+    )
+    return steps
+
+
+def test_checkpoints_of_other_settings_are_refused_before_the_first_iteration_ends(interrupted):
+    args = interrupted("training_step", n=3)
+    found = json.loads((Path(args.output_dir) / "baseline.json").read_text())
+    assert found["settings"]["learning_rate"] == 1e-3 and found["iterations"] == []
+    for changed, message in (
+        ((arguments(**PAIRS), replace(args, learning_rate=1e-7)), "learning_rate 0.001 instead of 1e-07"),
+        ((arguments(**PAIRS | {"plus": False}), args), "plus True instead of False"),
+    ):
+        with pytest.raises(ValueError, match=f"holds another baseline: {message}"):
+            run_baseline(ModelConfig(BASE), TASK, *changed)
+    assert json.loads((Path(args.output_dir) / "baseline.json").read_text()) == found
+
+
+def test_checkpoints_of_other_settings_are_refused_in_the_first_iteration_of_star(sft, monkeypatch):
+    """They are in `iteration-1`, not in the output folder."""
+    args = replace(sft, save_strategy="steps", save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "save_state", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_baseline(ModelConfig(BASE), TASK, arguments(num_samples=6), args)
+    assert not list(Path(args.output_dir).glob("checkpoint-*"))
+    with pytest.raises(ValueError, match=r"holds another baseline: learning_rate 0\.001 instead of 0\.01"):
+        run_baseline(ModelConfig(BASE), TASK, arguments(num_samples=6), replace(args, learning_rate=1e-2))
+
+
+def test_checkpoints_of_unknown_settings_are_refused(interrupted):
+    args = interrupted("training_step", n=2)
+    (Path(args.output_dir) / "baseline.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"holds checkpoints, but no baseline\.json that says with which settings"):
+        run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), args)
+
+
+def test_settings_may_change_before_the_first_checkpoint(interrupted, monkeypatch):
+    """Rollouts have settings of their own, so that a training out of memory starts again with smaller batches."""
+    args = interrupted("training_step", n=1)
+    monkeypatch.setattr("trl_score.jobs._sample_batch", None)
+    changed = replace(args, learning_rate=1e-4, per_device_train_batch_size=8)
+    result = run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), changed)
+    assert result == json.loads((Path(args.output_dir) / "baseline.json").read_text())
+    assert result["settings"]["learning_rate"] == 1e-4 and result["iterations"][0]["steps"] == 4
+
+
+def test_a_checkpoint_that_was_not_fully_written_is_skipped(interrupted, tmp_path, monkeypatch):
+    """Killed in checkpoint 3 of 4: two steps are left, and the weights are those of an uninterrupted run."""
+    args = interrupted("training_step", n=4)
+    (Path(args.output_dir) / "checkpoint-3" / "trainer_state.json").unlink()
+    steps = steps_trained(monkeypatch)
+    result = run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), args)
+    assert len(steps) == 2 and result["iterations"][0]["steps"] == 4
+    run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), replace(args, output_dir=str(tmp_path / "whole")))
+    got, expected = weights(args.output_dir), weights(tmp_path / "whole")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_training_starts_again_if_its_only_checkpoint_was_not_fully_written(interrupted, monkeypatch):
+    args = interrupted("training_step", n=2)
+    (Path(args.output_dir) / "checkpoint-1" / "trainer_state.json").write_text('{"global_')
+    steps = steps_trained(monkeypatch)
+    result = run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), args)
+    assert len(steps) == result["iterations"][0]["steps"] == 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_steps": -1, "num_train_epochs": 0.3}])
+def test_a_finished_training_takes_no_further_step(interrupted, monkeypatch, changes):
+    """Interrupted after the last checkpoint, before `baseline.json` says so: the model has the weights of that checkpoint."""
+    args = interrupted("save_state", **changes)
+    last = max(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    steps = steps_trained(monkeypatch)
+    result = run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), args)
+    assert steps == [] and result["iterations"][0]["steps"] == int(last.name.split("-")[1])
+    got, expected = weights(args.output_dir), weights(last)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 def test_pair_sft_trains_an_adapter_once(sft):
     model = ModelConfig(BASE, use_peft=True, lora_target_modules=["q_proj", "v_proj"])
     result = run_baseline(model, TASK, arguments(method="pair_sft"), sft)

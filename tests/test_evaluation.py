@@ -402,6 +402,24 @@ def test_an_endpoint_is_told_how_to_decode(tmp_path):
     assert evaluation.settings["weights"] == "http://127.0.0.1:9/v1"
 
 
+def test_prompts_may_have_instructions_of_their_own(monkeypatch):
+    prompts = [[{"role": "user", "content": digits}] for digits in ("6 0 4 6 1 0", "8 6 1 3 1 0")]
+    own = ["please check again", "wrong check again"]
+    sampler, decoding = TransformersSampler(BASE), Decoding(max_completion_length=8)
+    both = sampler.sample(prompts, [own], decoding, 0)
+    assert both == [sampler.sample([prompts[i]], [own[i]], decoding, 0)[0] for i in (0, 1)]
+    asked = []
+    message = types.SimpleNamespace(message=types.SimpleNamespace(content="1"), finish_reason="stop")
+    endpoint = EndpointSampler("m", base_url="http://localhost:1/v1")
+    monkeypatch.setattr(
+        endpoint,
+        "_ask",
+        lambda messages, **_: asked.append(messages[-1]["content"]) or types.SimpleNamespace(choices=[message]),
+    )
+    endpoint.sample(prompts, [own], decoding, 0)
+    assert sorted(asked) == sorted([*own, *(prompt[0]["content"] for prompt in prompts)])
+
+
 def test_vllm_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"trl-score\[vllm\]"):

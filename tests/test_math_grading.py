@@ -76,7 +76,7 @@ def grader():
         ("The answer is 4. I checked it. The answer remains 4.", "4"),
         ("Answer: She pays $18 in total.", "She pays $18 in total"),
         ("**Answer:** The total is $18.", "The total is $18"),
-        ("The answer is $.50 each.", "$.50 each"),
+        ("The answer is $.50 each.", ".50 each"),
         ("I reason.\n<answer>18</answer>", "18"),
         (r"\boxed{17}. <answer> \boxed{18} </answer>", "18"),
         (r"The answer is $\boxed{\frac{3}{4}}$ or $0.75$.", r"\frac{3}{4}, 0.75"),

@@ -137,14 +137,24 @@ def base_model(tmp_path):
 
 
 @pytest.fixture
-def adapter_trainer(make_arithmetic_trainer, base_model):
+def make_adapter_trainer(make_arithmetic_trainer, base_model):
     lora = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = make_arithmetic_trainer(
-        {"model": base_model, "peft_config": lora},
-        **{"max_steps": 3, "stage1_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.3},
-    )
-    trainer.task = trainer.eval_task = "arithmetic"
-    return trainer
+
+    def make(**settings):
+        trainer = make_arithmetic_trainer(
+            {"model": base_model, "peft_config": lora},
+            **{"max_steps": 3, "stage1_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.3},
+            **settings,
+        )
+        trainer.task = trainer.eval_task = "arithmetic"
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def adapter_trainer(make_adapter_trainer):
+    return make_adapter_trainer()
 
 
 def test_card_of_an_adapter_names_what_it_is(adapter_trainer):
@@ -197,7 +207,17 @@ def test_checkpoints_and_saved_models_carry_the_card_of_the_run(adapter_trainer,
         assert "## Two attempts" in text and str(tmp_path) not in text, saved
 
 
-def test_options_of_the_card_repeat_the_run(adapter_trainer, tmp_path):
+def test_options_of_the_card_repeat_the_run(make_adapter_trainer, tmp_path):
+    rare = {
+        "delta": 5.0,
+        "entropy_coef": 0.01,
+        "eval_temperature": 0.7,
+        "num_generations_eval": 2,
+        "reward_weights": [0.5],
+    }
+    rare |= {"steps_per_generation": 2, "use_bias_correction_kl": True, "generation_kwargs": {"max_time": 60.0}}
+    adapter_trainer = make_adapter_trainer(**rare)
+    adapter_trainer.eval_task = "gsm8k"
     adapter_trainer.train()
     adapter_trainer.create_model_card()
     text = (Path(adapter_trainer.args.output_dir) / "README.md").read_text()
@@ -205,7 +225,7 @@ def test_options_of_the_card_repeat_the_run(adapter_trainer, tmp_path):
     parser = TrlParser((TrainArguments, SCoReConfig, ModelConfig))
     command = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "again")]
     arguments, config, model = parser.parse_args_and_config([*command, "--use_cpu", "--report_to", "none"])
-    assert arguments.task == "arithmetic" and arguments.num_train_problems == 32
+    assert (arguments.task, arguments.eval_task, arguments.num_train_problems) == ("arithmetic", "gsm8k", 32)
     assert (model.use_peft, model.lora_r, model.lora_alpha) == (True, 4, 12)
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     before, after = adapter_trainer.args.to_dict(), config.to_dict()

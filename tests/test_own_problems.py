@@ -6,8 +6,13 @@ import logging
 import pytest
 from datasets import Dataset
 
-from trl_score import cli, training
+from trl_score import cli, evaluate_self_correction, training
+from trl_score.collection import collect
 from trl_score.evaluation import load_evaluation
+from trl_score.jobs import grade
+from trl_score.records import strict_json
+from trl_score.sampler import Attempt, Sampler
+from trl_score.scaling import votes
 from trl_score.tasks import Arithmetic, catalogue, get_task, reasoning_gym
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH, answer, problems
 from trl_score.tasks.dataset import DatasetTask
@@ -35,6 +40,29 @@ number = 3
 def same(completions, solution, **kwargs):
     texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
     return [float(text.split() == gold.split()) for text, gold in zip(texts, solution, strict=True)]
+
+def with_prompts(prompts, completions, solution, **kwargs):
+    assert all(prompt[-1]["role"] == "user" for prompt in prompts)
+    return same(completions, solution)
+
+def second_attempts(completions, attempt, **kwargs):
+    return [float(attempt == 2)] * len(completions)
+
+async def asynchronous(completions, solution, **kwargs):
+    return same(completions, solution)
+
+def of_numpy(completions, solution, **kwargs):
+    import numpy as np
+    return [np.mean([each]) for each in same(completions, solution)]
+
+def lengths(completion_ids, **kwargs):
+    return [len(ids) for ids in completion_ids]
+
+def broken(completions, solution, **kwargs):
+    return [1 / (text != "2") for text in [each[0]["content"] for each in completions]]
+
+def too_few(completions, **kwargs):
+    return [1.0]
 """
 
 
@@ -150,6 +178,122 @@ def test_a_column_of_answers_is_read_as_mathematics(tmp_path, answers, attempts,
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = DatasetTask(str(tmp_path / "d.jsonl"))
     assert task.reward(attempts, solution=task.load("train")["solution"]) == rewards
+
+
+# what the trainer gives to reward functions, evaluation gives too
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("with_prompts", [[1.0, 0.0], [0.0, 1.0]]),
+        ("second_attempts", [[0.0, 1.0], [0.0, 1.0]]),
+        ("asynchronous", [[1.0, 0.0], [0.0, 1.0]]),
+        ("of_numpy", [[1.0, 0.0], [0.0, 1.0]]),
+        ("lengths", [[1.0, 2.0], [3.0, 4.0]]),
+    ],
+)
+def test_reward_functions_that_training_takes_grade_an_evaluation(folder, name, expected):
+    task = DatasetTask("data", reward_funcs=[f"my_task.py:{name}"])
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "?"}]] * 2, "solution": ["1", "2"]})
+    tokens = [[[0], [0] * 2], [[0] * 3, [0] * 4]]
+    records = list(grade(task, rows, [["1", "2"], ["1", "2"]], tokens))
+    assert [record["rewards"] for record in records] == expected
+    assert json.loads(strict_json(records))[0]["correct"] == [each >= 1 for each in expected[0]]
+
+
+def test_an_evaluation_gives_the_tokens_of_the_attempts(folder):
+    task = DatasetTask("data", reward_funcs=["my_task.py:lengths"])
+    (row,) = evaluate_self_correction(BASE, task, max_completion_length=8, limit=1).rollouts
+    assert row["rewards"] == row["num_tokens"] and "token_ids" not in row
+
+
+def test_an_error_of_a_reward_function_is_said_in_one_line(folder):
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "?"}]] * 2, "solution": ["1", "2"]})
+    texts = [["1", "1"], ["1", "2"]]
+    with pytest.raises(
+        RuntimeError, match=r"'broken' raised ZeroDivisionError on attempt 2, .* says: division by zero\. An"
+    ):
+        list(grade(DatasetTask("data", reward_funcs=["my_task.py:broken"]), rows, texts))
+    with pytest.raises(ValueError, match="'too_few' returned 1 rewards for 2 completions of attempt 1"):
+        list(grade(DatasetTask("data", reward_funcs=["my_task.py:too_few"]), rows, texts))
+
+
+def test_a_column_that_takes_a_keyword_of_reward_functions_is_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"problem": "?", "attempt": 1}))
+    with pytest.raises(ValueError, match=r"has a column `attempt`, a keyword .* Rename"):
+        DatasetTask(str(tmp_path / "d.jsonl")).load("train")
+
+
+def test_answers_that_read_mathematics_vote_together_in_any_words():
+    """Seven of eight say 4 in other words; by whole texts each is a vote of its own, and the first, which is wrong, wins."""
+    task = DatasetTask("data")
+    texts = ["It is \\boxed{5}.", *(f"After {k} steps: $\\boxed{{{k + 3}-{k - 1}}}$" for k in range(1, 8))]
+    rows = Dataset.from_dict({"prompt": ["?"] * 8, "solution": ["$4$"] * 8})
+    records = list(grade(task, rows, [[text, "So \\boxed{4}"] for text in texts]))
+    assert [record["changed_answer"] for record in records] == [True] + [False] * 7
+    rollouts = [record | {"index": 0, "sample": k} for k, record in enumerate(records)]
+    assert votes(task, rollouts[:4], rollouts[4:], 8)[-1]["parallel"]["value"] == 1.0
+    assert task.answer("I do not know.") is None
+    other = DatasetTask("data", reward_funcs=["think_format_reward"])
+    assert other.answer(" So \\boxed{4} ") == "So \\boxed{4}" and other.same_answers(["0.5"], ["1/2"]) == [False]
+
+
+# a column `correction_instruction`
+
+
+class Echo(Sampler):
+    """Every attempt but the first repeats what the user has said before it."""
+
+    name, backend = "echo", "none"
+
+    def length(self, prompt):
+        return len(prompt)
+
+    def sample(self, prompts, instructions, decoding, seed, given=0):
+        said = [[each] * len(prompts) if isinstance(each, str) else each for each in instructions]
+        return [[Attempt(text, 1, False) for text in ["1", *row]] for row in zip(*said, strict=True)]
+
+
+def by_row(folder, *instructions):
+    rows = [
+        {"problem": f"{k} 1", "answer": "1", "correction_instruction": each} for k, each in enumerate(instructions)
+    ]
+    (folder / "by_row.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DatasetTask("by_row.jsonl", reward_funcs=["my_task.py:same"], splits={"test": "train"})
+
+
+def test_a_row_s_own_correction_instruction_is_said(folder):
+    task = by_row(folder, "Look again.", None, "Is that so?")
+    found = evaluate_self_correction(
+        Echo(), task, num_attempts=3, batch_size=2, correction_instruction="Check.", output_dir="out"
+    )
+    assert [row["attempts"][1:] for row in found.rollouts] == [
+        ["Look again."] * 2,
+        ["Check."] * 2,
+        ["Is that so?"] * 2,
+    ]
+    assert json.loads((folder / "out" / "settings.json").read_text())["correction_instructions"] == "by row"
+    refined = evaluate_self_correction(Echo(), task, self_refine=True)  # which has turns of its own
+    assert {row["attempts"][1] for row in refined.rollouts} == {task.refine_instruction}
+    assert [row["attempts"][1] for row in collect(Echo(), task, num_samples=1)][::2] == ["Look again.", "Is that so?"]
+
+
+def test_rollouts_from_before_the_column_was_read_are_not_reused(folder):
+    task = by_row(folder, "Look again.", "Is that so?")
+    evaluate_self_correction(Echo(), task, output_dir="out")
+    settings = json.loads((folder / "out" / "settings.json").read_text())
+    del settings["correction_instructions"]
+    (folder / "out" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="correction_instructions None instead of 'by row'"):
+        evaluate_self_correction(Echo(), task, output_dir="out")
+
+
+def test_an_instruction_by_row_that_cannot_be_said_is_refused(folder):
+    with pytest.raises(ValueError, match="`correction_instruction` is empty in row 1"):
+        evaluate_self_correction(Echo(), by_row(folder, "Look again.", " "))
+    with pytest.raises(ValueError, match="The baselines need one instruction for all rows"):
+        collect(Echo(), by_row(folder, "Look again."), correction_instruction="Check.")
 
 
 SMALL = ["--model", BASE, "--max_completion_length", "8", "--limit", "4"]

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from trl_score.records import Store
 from trl_score.report import COLORS, find, training_figure, write_report
 from trl_score.report.figures import attempts_figure, figures, smoothed, stage_boundaries, style
 from trl_score.report.mathematics import formulas
+from trl_score.report.page import browser_data
 from trl_score.report.tables import paired_difference, statistics_rows
 
 
@@ -489,3 +491,14 @@ def test_no_style_or_tag_of_a_formula_comes_through():
     text = json.dumps(tree)
     assert "position" not in text.replace("\\\\style{position:fixed}", "") and '"mathcolor"' not in text
     assert '["mtext", {}, "<script>alert(1)</script>"]' in text and '"script"' not in text
+
+
+def test_browser_shows_the_problem_of_a_repair_and_not_its_instruction():
+    """The given attempt and the instruction after it are part of the prompt there."""
+    texts = [("user", "The problem."), ("assistant", "wrong"), ("user", "Correct it.")]
+    row = {"prompt": [{"role": role, "content": text} for role, text in texts], "attempts": ["wrong", "right"]}
+    row |= {"correct": [False, True], "index": 0}
+    settings = {"num_given_attempts": 1, "correction_instruction": "Correct it.", "self_refine": False}
+    evaluation = SimpleNamespace(settings=settings, summary={"num_samples": 1}, rollouts=[row])
+    data = browser_data(SimpleNamespace(evaluations={"repair": evaluation}), 10)
+    assert data["problems"] == ["The problem."]

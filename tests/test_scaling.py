@@ -1,9 +1,10 @@
 import json
+import math
 
 import pytest
 
 from trl_score import inference_scaling
-from trl_score.scaling import cluster, majority, vote, votes
+from trl_score.scaling import cluster, majority, table, vote, votes
 from trl_score.tasks import Arithmetic, get_task
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 from trl_score.tasks.math import MathTask
@@ -48,6 +49,23 @@ def test_budgets_count_samples():
     assert two["parallel"]["value"] == 1.0  # a c | a d: ties go to the first
     assert four["parallel"]["value"] == 1.0  # a c a d
     assert two["corrected"]["value"] == four["corrected"]["value"] == 0.0
+
+
+def test_ungraded_attempts_do_not_vote():
+    """Problem 0: the ungraded b, two against one, does not win against a. Problem 1 has no graded correction, and is left out."""
+    assert vote([0, 1, 1], [True, None, None], 3) == 1.0
+    assert vote([1, 1, 0, 0], [None, None, True, True], 2) == 1.0  # the first group has no graded sample
+    corrected = [
+        row(0, 0, ["b", "b"], [None, None]),
+        row(0, 1, ["a", "a"], [True, True]),
+        row(1, 0, ["a", "a"], [False, None]),
+        row(1, 1, ["a", "a"], [False, None]),
+    ]
+    parallel = [row(0, 0, ["b"], [None]), row(0, 1, ["a"], [True]), *(row(1, k, ["a"], [False]) for k in (0, 1))]
+    for entry in votes(Arithmetic(), corrected, parallel, 4):
+        assert entry["parallel"]["value"] == entry["corrected"]["value"] == 1.0
+    (entry,) = votes(Arithmetic(), [row(0, 0, ["a", "a"], [None, None])], [row(0, 0, ["a"], [None])], 2)
+    assert math.isnan(entry["parallel"]["value"]) and "|  |  |" in table([entry])
 
 
 def test_one_pass_serves_all_budgets_and_is_resumed(tmp_path):

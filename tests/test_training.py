@@ -19,6 +19,7 @@ from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 from trl_score.training import (
     TrainArguments,
     TrainConfig,
+    by_mode,
     check_precision,
     checkpoint_to_resume,
     line_of,
@@ -43,6 +44,37 @@ def run(arithmetic_config):
         return train(*rows, task.reward, config, ModelConfig(BASE), callbacks=callbacks)
 
     return run
+
+
+def test_held_out_problems_of_another_task_are_graded_by_that_task(arithmetic_config, capsys):
+    """Whose grader gives 0 to all here."""
+    task = Arithmetic(num_train=16, num_test=20)
+    config = SCoReConfig(**arithmetic_config | {"max_steps": 1, "per_device_eval_batch_size": 20, "stage1_steps": 0})
+    zero = lambda completions, **kwargs: [0.0] * len(completions)  # noqa: E731
+    rows = task.load("train"), task.load("test")
+    trainer = train(*rows, task.reward, config, ModelConfig(BASE), eval_reward=zero)
+    evaluations = [log for log in trainer.state.log_history if "eval_stage" in log]
+    assert [log["eval_accuracy_t1"] for log in evaluations] == [0, 0]
+    assert next(log for log in trainer.state.log_history if "loss" in log)["accuracy_t1"] > 0
+    first, other = by_mode([task.reward, zero], zero, lambda: False)
+    assert (first(completions=["1"], answer=["1"]), other(completions=["1"])) == ([0.0], [None])
+
+
+def test_table_has_all_attempts_and_the_temperature(run, capsys, tmp_path):
+    run(num_attempts=3, eval_temperature=0.7, stage1_steps=0)
+    printed = capsys.readouterr().out
+    assert "20 held-out problems, temperature 0.7, percent" in printed
+    table = json.loads((tmp_path / "run" / "self_correction.json").read_text())["table"]
+    assert {
+        "Accuracy@t1",
+        "Accuracy@t2",
+        "Accuracy@t3",
+        "Δ(t1,t3)",
+        "Δ(i→c)",
+        "Δ(c→i)",
+        "unchanged attempts",
+    } == table.keys()
+    assert "Accuracy@t3" in printed.split("held-out")[0]  # the lines of the steps
 
 
 def fail(*args, **kwargs):
@@ -93,6 +125,7 @@ def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
         "one with another `--output_dir`."
     )
     trainer = run([KeepBestCheckpoint(1)], save_steps=1, max_steps=3, resume_from_checkpoint="true")
+    assert trainer._first_step == 2  # the shares of the time are of the steps since
     steps = [log["step"] for log in trainer.state.log_history if "stage" in log]
     assert steps == [1, 2, 3] and trainer.state.global_step == 3
     assert json.loads((folder / "_best-stage1" / "best.json").read_text()) == best

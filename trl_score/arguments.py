@@ -93,7 +93,8 @@ class ProblemArguments:
             )
         from .tasks.dataset import DatasetTask
 
-        return DatasetTask(self.dataset_name, self.dataset_config, self.reward_funcs, splits)
+        names = [self.reward_funcs] if isinstance(self.reward_funcs, str) else self.reward_funcs  # in a YAML file
+        return DatasetTask(self.dataset_name, self.dataset_config, names, splits)
 
 
 @dataclass

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from .arguments import SAMPLES_OF_ROLLOUT, BaselineArguments
@@ -22,6 +21,7 @@ from .evaluation import evaluate_self_correction, table
 from .fingerprints import fingerprint, of_rows
 from .parsing import Parser
 from .records import check_folder, differences, disconnect, processes, strict_json
+from .resuming import checkpoints, last_whole_checkpoint, write_atomically
 from .rollout import save_rollout_settings
 from .sampling import checkpoint_identity, load_rendering
 from .score_config import check_bfloat16
@@ -84,7 +84,7 @@ def run_baseline(
         *("dataset_train_split", "dataset_test_split"),
     ):
         del settings[name]
-    result = resume(output_dir / RESULT, settings)
+    result = resume(output_dir, settings)
     instruction = arguments.correction_instruction or task.correction_instruction
     options = {"plus": arguments.plus, "learn": arguments.learn, "max_per_problem": arguments.max_per_problem}
     for iteration in range(len(result["iterations"]) + 1, arguments.num_iterations + 1):
@@ -113,6 +113,7 @@ def run_baseline(
             traces = pair_traces(rollouts, **options, seed=args.seed)
         folder = output_dir if iteration == arguments.num_iterations else output_dir / f"iteration-{iteration}"
         dataset = tokenized(traces, tokenizer, instruction, rendering)
+        save(output_dir, result)  # before the first checkpoint, whose settings it says
         entry = {
             "rollouts": len(rollouts),
             **{kind: traces["kind"].count(kind) for kind in ("i_to_c", "c_to_c")},
@@ -123,19 +124,40 @@ def run_baseline(
             save_rollout_settings(folder, chat_template_kwargs=rendering, correction_instruction=instruction)
         result["iterations"].append(entry)
         result["attempts_sampled"] += len(rollouts) * SAMPLES_OF_ROLLOUT[arguments.method]
-        if processes().is_main_process:
-            (output_dir / RESULT).write_text(strict_json(result), "utf-8")
+        save(output_dir, result)
     return result
 
 
-def resume(file: Path, settings: dict) -> dict:
-    """The result so far; none of another baseline."""
-    if not file.exists():
-        return {"settings": settings, "iterations": [], "attempts_sampled": 0}
-    result = json.loads(file.read_text("utf-8"))
-    if changes := differences(result["settings"], settings):
-        raise ValueError(f"`output_dir={str(file.parent)!r}` holds another baseline: {changes}. Take another folder.")
+def resume(output_dir: Path, settings: dict) -> dict:
+    """
+    The result so far. The settings may change as long as nothing is trained, since rollouts are stored with their own.
+
+    Raises:
+        `ValueError`: If the folder holds a baseline with other settings, or checkpoints of unknown settings.
+    """
+    file, result = output_dir / RESULT, {"settings": settings, "iterations": [], "attempts_sampled": 0}
+    has_checkpoints = any(checkpoints(folder) for folder in (output_dir, *output_dir.glob("iteration-*")))
+    if file.exists():
+        before = json.loads(file.read_text("utf-8"))
+        if before["iterations"] or has_checkpoints:
+            if changes := differences(before["settings"], settings):
+                raise ValueError(
+                    f"`output_dir={str(output_dir)!r}` holds another baseline: {changes}. Take another folder."
+                )
+            return before
+    elif has_checkpoints:
+        raise ValueError(
+            f"`output_dir={str(output_dir)!r}` holds checkpoints, but no {RESULT} that says with which settings they were "
+            "trained. Take another folder."
+        )
     return result
+
+
+def save(output_dir: Path, result: dict) -> None:
+    """Write the result so far, in the main process."""
+    if processes().is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(output_dir / RESULT, lambda path: path.write_text(strict_json(result), "utf-8"))
 
 
 def loading(model_args: ModelConfig, args: SFTConfig, backend: str) -> dict:
@@ -155,9 +177,24 @@ def check_held_out(rollouts: list[dict], held_out: Dataset | None) -> None:
         raise ValueError("A problem of the test split is among those to learn from. Make the splits disjoint.")
 
 
+class ResumableSFTTrainer(SFTTrainer):
+    """[`~trl.SFTTrainer`] that takes no further step when it resumes from the last checkpoint of a finished training."""
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # the Trainer compares with `max_steps` only after a step
+        return place
+
+
 def fine_tune(model: str, dataset: Dataset, args: SFTConfig, model_args: ModelConfig) -> int:
     """
-    TRL's `SFTTrainer` on tokenized traces; resumes from the last checkpoint in the output folder, if there is one.
+    TRL's `SFTTrainer` on tokenized traces; resumes from the last checkpoint in the output folder that was fully written, if
+    there is one.
 
     Returns:
         `int`: optimizer steps.
@@ -172,15 +209,15 @@ def fine_tune(model: str, dataset: Dataset, args: SFTConfig, model_args: ModelCo
             "Set it higher, or to None."
         )
     args.model_init_kwargs = init_kwargs(args, model_args)
-    trainer = SFTTrainer(
+    trainer = ResumableSFTTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    folder = Path(args.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+    checkpoint = last_whole_checkpoint(args.output_dir)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     trainer.save_state()
     steps = trainer.state.global_step

@@ -4,6 +4,7 @@ Collecting rollouts of a model on training problems: for the baselines that fine
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
@@ -53,6 +54,7 @@ def collect(
     """
     own = {"split": split, "num_attempts": num_attempts, "num_samples": num_samples, "temperature": temperature}
     plan = Plan.of(model, task, token_ids=True, **own, **settings)
+    plan = replace(plan, one_instruction=settings.get("correction_instruction") is not None)
     if plan.task.num_given_attempts:
         raise ValueError(
             f"'{plan.task.name}' gives the first attempts: it is for evaluation. Collect on another task."

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import InferenceClient
 
 from .decoding import Decoding
-from .sampler import Attempt, Sampler
+from .sampler import Attempt, Sampler, for_each_prompt
 
 
 class EndpointSampler(Sampler):
@@ -58,17 +58,18 @@ class EndpointSampler(Sampler):
         return len(str(prompt))
 
     def sample(
-        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
+        self, prompts: list, instructions: list[str | list[str]], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
         body = dict(self.extra_body)
         if self.chat_template_kwargs:
             body["chat_template_kwargs"] = self.chat_template_kwargs
+        turns = [for_each_prompt(instruction, len(prompts)) for instruction in instructions]
 
         def one(i: int) -> list[Attempt]:
             prompt = prompts[i]
             messages = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             attempts = []
-            for instruction in [*instructions, None]:  # nothing is asked after the last
+            for instruction in [*(turn[i] for turn in turns), None]:  # nothing is asked after the last
                 answer = self._ask(
                     messages,
                     model=self.name,

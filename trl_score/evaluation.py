@@ -234,7 +234,9 @@ def _p(evaluation: Evaluation) -> str:
 
 
 def _size(evaluation: Evaluation) -> str:
-    return f"{evaluation.summary['num_problems']} x {evaluation.summary['num_samples']}"
+    ungraded = evaluation.summary["num_ungraded"]
+    left_out = f" ({ungraded} not graded)" if ungraded else ""
+    return f"{evaluation.summary['num_problems']} x {evaluation.summary['num_samples']}{left_out}"
 
 
 def _decoding(evaluation: Evaluation) -> str:

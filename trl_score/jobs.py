@@ -22,6 +22,7 @@ from .records import Store, check_folder
 from .sampling import Sampler, keep_random_state, open_model
 from .tasks import Task, get_task
 from .tasks.base import first
+from .tasks.dataset import DatasetTask
 
 
 @dataclass(kw_only=True)
@@ -95,6 +96,8 @@ class Plan:
             Folder for the results; without one they stay in memory.
         shuffled (`bool`, *optional*, defaults to `False`):
             Take the problems in a random order, by the job's seed: many datasets are sorted.
+        one_instruction (`bool`, *optional*, defaults to `False`):
+            Refuse problems that bring their own correction instruction.
     """
 
     job: Job
@@ -103,6 +106,7 @@ class Plan:
     limit: int | None = None
     output_dir: str | Path | None = None
     shuffled: bool = False
+    one_instruction: bool = False
 
     @classmethod
     def of(
@@ -158,9 +162,37 @@ class Plan:
         rows, job = self.task.load(self.job.split), self.job
         rows = first(rows.shuffle(seed=job.seed) if self.shuffled else rows, self.limit)
         if job.num_given_attempts:
-            asked = {"role": "user", "content": job.turns[0]}
-            rows = rows.map(lambda row: {"prompt": [*row["prompt"][:-1], asked]})
+            asked = self.instructions(rows) or [job.turns[0]] * len(rows)
+            rows = rows.map(
+                lambda row, i: {"prompt": [*row["prompt"][:-1], {"role": "user", "content": asked[i]}]},
+                with_indices=True,
+            )
         return rows
+
+    def instructions(self, rows: Dataset) -> list[str] | None:
+        """
+        The correction instruction of each problem, if the rows have a column `correction_instruction`; `None` where all are asked
+        with the same turns, as in Self-Refine.
+
+        Raises:
+            `ValueError`: If an instruction is empty, or the plan allows for no such column.
+        """
+        if "correction_instruction" not in rows.column_names or self.job.self_refine or self.job.num_attempts == 1:
+            return None
+        if self.one_instruction:
+            raise ValueError(
+                "`correction_instruction` is set, but the rows have a column `correction_instruction`, which would override it row "
+                "by row. Leave the argument out, or remove the column. The baselines need one instruction for all rows: for them, "
+                "remove the column."
+            )
+        own = list(rows["correction_instruction"])
+        for index, instruction in enumerate(own):
+            if instruction is not None and not instruction.strip():
+                raise ValueError(
+                    f"The column `correction_instruction` is empty in row {index}, which would not ask for a correction. Set it to a "
+                    "sentence, or to None for the common one."
+                )
+        return [instruction or self.job.correction_instruction for instruction in own]
 
 
 @keep_random_state()
@@ -177,7 +209,10 @@ def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
     rows = plan.rows()
     problems = fingerprints.of_rows(rows)
     job = replace(plan.job, **identity, num_problems=len(rows), data=fingerprints.fingerprint(problems))
-    store = Store(plan.output_dir, asdict(job), problems)
+    by_problem = plan.instructions(rows)
+    # Not in older folders, whose rollouts were sampled without the column.
+    by_row = {} if by_problem is None else {"correction_instructions": "by row"}
+    store = Store(plan.output_dir, asdict(job) | by_row, problems)
     todo = [(index, sample) for index in range(len(rows)) for sample in range(job.num_samples)]
     if len(store.done) == len(todo):
         return job, store
@@ -190,18 +225,26 @@ def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
         missing = [i for i, item in enumerate(batch) if item not in store.done]
         if missing:
             # Sampled with the whole batch, so that an interrupted run ends with the rollouts of an uninterrupted one.
-            rollouts = _sample_batch(job, sampler, batch, [prompts[index] for index, _ in batch])
+            turns = job.turns if by_problem is None else [[by_problem[index] for index, _ in batch]]
+            rollouts = _sample_batch(job, sampler, batch, [prompts[index] for index, _ in batch], turns)
             rows_of_batch = rows.select([batch[i][0] for i in missing])
             rollouts = [rollouts[i] for i in missing]
-            graded = grade(task, rows_of_batch, [rollout["attempts"] for rollout in rollouts])
-            store.add([rollout | record for rollout, record in zip(rollouts, graded, strict=True)])
+            texts, token_ids = ([rollout[name] for rollout in rollouts] for name in ("attempts", "token_ids"))
+            graded = grade(task, rows_of_batch, texts, token_ids)
+            records = [rollout | record for rollout, record in zip(rollouts, graded, strict=True)]
+            if not job.token_ids:
+                for record in records:
+                    del record["token_ids"]
+            store.add(records)
     return job, store
 
 
-def _sample_batch(job: Job, sampler: Sampler, batch: list[tuple[int, int]], prompts: list) -> list[dict]:
+def _sample_batch(
+    job: Job, sampler: Sampler, batch: list[tuple[int, int]], prompts: list, turns: list[str | list[str]]
+) -> list[dict]:
     """Rollouts before they are graded: the attempts, and the feedback between them in Self-Refine."""
-    given, step = job.num_given_attempts, len(job.turns)
-    instructions = job.turns * (job.num_attempts - max(given, 1))
+    given, step = job.num_given_attempts, len(turns)
+    instructions = turns * (job.num_attempts - max(given, 1))
     if given:  # the prompt ends with the first
         instructions = instructions[1:]
     # Of the texts that are sampled, the last is an attempt, and so is each `step`-th before it; the others are feedback.
@@ -218,9 +261,8 @@ def _sample_batch(job: Job, sampler: Sampler, batch: list[tuple[int, int]], prom
             "attempts": [*before, *(attempt.text for attempt in attempts)],
             "num_tokens": [None] * given + [attempt.num_tokens for attempt in attempts],
             "truncated": [False] * given + [attempt.truncated for attempt in attempts],
+            "token_ids": [None] * given + [attempt.token_ids for attempt in attempts],
         }
-        if job.token_ids:
-            rollout["token_ids"] = [attempt.token_ids for attempt in attempts]
         if job.self_refine:
             feedback = texts[1 - offset :: step]
             rollout["feedback"] = [each.text for each in feedback]
@@ -234,15 +276,24 @@ def seed_of(seed: int, batch: list[tuple[int, int]]) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:4]) >> 1
 
 
-def grade(task: Task, rows: Dataset, texts: list[list[str]]) -> Iterator[dict]:
-    """Records of rollouts: their attempts graded, and compared with the ones before."""
-    columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
-    prompts = rows["prompt"]
+def grade(
+    task: Task, rows: Dataset, texts: list[list[str]], token_ids: list[list[list[int] | None]] | None = None
+) -> Iterator[dict]:
+    """Records of rollouts: their attempts graded, and compared with the ones before. `token_ids` are the attempts', if known."""
+    columns = rows[:]
+    prompts = columns.pop("prompt")
     chat = not isinstance(prompts[0], str)
     rewards = []
-    for attempt in zip(*texts, strict=True):
+    for k, attempt in enumerate(zip(*texts, strict=True)):
         completions = [[{"role": "assistant", "content": text}] for text in attempt] if chat else list(attempt)
-        rewards.append(task.reward(completions, **columns))
+        more = {}
+        if isinstance(task, DatasetTask):  # what the trainer gives to reward functions
+            more = {"prompts": prompts, "attempt": k + 1}
+            ids = [row[k] for row in token_ids] if token_ids else [None if text else [] for text in attempt]
+            if None not in ids:
+                more["completion_ids"] = ids
+        given = task.reward(completions, **columns | more)
+        rewards.append([None if reward is None else float(reward) for reward in given])
     other = [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
     answers = [
         [task.answer(text, **{name: value for name, value in row.items() if name != "text"}) for text in attempts]

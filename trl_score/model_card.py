@@ -45,7 +45,14 @@ REPEATED = (  # options that a run is repeated with, whatever their defaults wil
     *("repetition_penalty", "chat_template_kwargs", "max_steps", "num_train_epochs", "learning_rate"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "seed"),
-    *("data_seed", "mask_truncated_completions"),
+    *("data_seed", "mask_truncated_completions", "steps_per_generation", "num_generations_eval"),
+)
+WHEN_SET = (  # options that change a run, and that few set
+    *("disable_dropout", "cast_lm_head_to_fp32", "shuffle_dataset", "generation_kwargs", "use_vllm", "vllm_mode"),
+    *("delta", "reward_weights", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "entropy_coef_min"),
+    *("entropy_coef_max", "entropy_coef_delta", "entropy_target", "vllm_importance_sampling_correction"),
+    *("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+    *("use_bias_correction_kl", "reuse_cache", "eval_temperature", "router_aux_loss_coef", "trust_remote_code"),
 )
 
 
@@ -343,6 +350,8 @@ def command_of(trainer: "SCoReTrainer", base_model: str | None) -> dict:
         found["task"] = trainer.task
         if hasattr(trainer.train_dataset, "__len__"):
             found["num_train_problems"] = len(trainer.train_dataset)
+    if trainer.eval_task not in (None, trainer.task):
+        found["eval_task"] = trainer.eval_task
     if base_model:
         found["model_name_or_path"] = base_model
     if dtype := (config.model_init_kwargs or {}).get("dtype"):
@@ -356,7 +365,11 @@ def command_of(trainer: "SCoReTrainer", base_model: str | None) -> dict:
     if (quantization := quantization_of(trainer)).get("load_in_4bit"):
         found |= {"load_in_4bit": True, "bnb_4bit_quant_type": quantization["bnb_4bit_quant_type"]}
         found["use_bnb_nested_quant"] = quantization["bnb_4bit_use_double_quant"]
-    values = {name: _plain(getattr(config, name)) for name in REPEATED}
+    reference = config.reference_model_name_or_path
+    if reference is not None and not Path(reference).exists():
+        found["reference_model_name_or_path"] = reference
+    names = [*REPEATED, *(name for name in WHEN_SET if _is_set(config, name))]
+    values = {name: _plain(getattr(config, name)) for name in names}
     return found | {name: value for name, value in values.items() if value not in (None, {})}
 
 

@@ -117,13 +117,20 @@ def whole_checkpoint(checkpoint: "str | os.PathLike | bool", output_dir: "str | 
                 "written last, is missing or unreadable. Resume from an earlier checkpoint."
             )
         return str(checkpoint)
+    if (folder := last_whole_checkpoint(output_dir)) is None:
+        raise ValueError(
+            f"`resume_from_checkpoint=True`, but '{output_dir}' holds no whole checkpoint. Leave it out to start a new run."
+        )
+    return str(folder)
+
+
+def last_whole_checkpoint(output_dir: "str | os.PathLike") -> Path | None:
+    """The last checkpoint in a run's folder that was fully written, if there is one. Warns of each later one."""
     for folder in checkpoints(output_dir):
         if is_whole(folder):
-            return str(folder)
+            return folder
         logger.warning(f"'{folder}' was not fully written. Looking for an earlier checkpoint to resume from.")
-    raise ValueError(
-        f"`resume_from_checkpoint=True`, but '{output_dir}' holds no whole checkpoint. Leave it out to start a new run."
-    )
+    return None
 
 
 def checkpoints(output_dir: "str | os.PathLike") -> list[Path]:
@@ -192,6 +199,7 @@ def start_run(trainer, max_steps: int, checkpoint: str | None, epoch: int, batch
         `tuple[int, int]`: the epoch to start in, and the number of its micro-batches to skip.
     """
     trainer._new_run(max_steps)
+    trainer._first_step = trainer.state.global_step
     trainer._step, trainer._buffered_inputs = 0, None
     trainer._last_loaded_step = -1  # vLLM may hold other weights of the same step
     if checkpoint is None:

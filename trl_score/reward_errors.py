@@ -89,9 +89,11 @@ def _checked(rewards, name: str, kwargs: dict):
 def _failure(error: Exception, name: str, row: int | None, kwargs: dict) -> RuntimeError:
     """The error to raise in place of one that a reward function raised in a row."""
     where = f"in row {row}: {kwargs['prompts'][row]}" if row is not None else "in a row that could not be found"
+    said = next(iter(str(error).splitlines()), "")
     return RuntimeError(
-        f"The reward function '{name}' raised {type(error).__name__} on attempt {kwargs['attempt']}, {where}. An exception stops "
-        "the run; the last checkpoint is intact. Return 0 for a wrong answer, and `None` for an answer that cannot be scored."
+        f"The reward function '{name}' raised {type(error).__name__} on attempt {kwargs['attempt']}, {where}. "
+        f"{f'The exception says: {said}. ' if said else ''}An exception stops the run; what was saved before is intact. Return 0 "
+        "for a wrong answer, and `None` for an answer that cannot be scored."
     )
 
 

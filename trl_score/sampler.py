@@ -19,6 +19,11 @@ class Attempt:
     token_ids: list[int] | None = None
 
 
+def for_each_prompt(instruction: str | list[str], number: int) -> list[str]:
+    """A user's turn for each of `number` prompts, from one for all of them or one for each; see [`Sampler.sample`]."""
+    return [instruction] * number if isinstance(instruction, str) else instruction
+
+
 class Sampler(ABC):
     """
     Samples all attempts at some problems.
@@ -46,7 +51,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(
-        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
+        self, prompts: list, instructions: list[str | list[str]], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
         """
         Sample rollouts.
@@ -54,8 +59,9 @@ class Sampler(ABC):
         Args:
             prompts (`list`):
                 `B` prompts, chat messages or text.
-            instructions (`list[str]`):
-                The user's turns between the attempts, the same for all prompts: one attempt more is sampled than there are.
+            instructions (`list[str | list[str]]`):
+                The user's turns between the attempts: one attempt more is sampled than there are. Each is a text for all
+                prompts, or `B` texts where a dataset has a column `correction_instruction`.
             decoding ([`Decoding`]):
                 How.
             seed (`int`):

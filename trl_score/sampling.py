@@ -33,7 +33,7 @@ from .fingerprints import hub_arguments
 from .generation import AllAttempts, can_generate_all, contiguous_head
 from .records import processes
 from .rollout import Bridge, Rollouts, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
-from .sampler import Attempt, Sampler
+from .sampler import Attempt, Sampler, for_each_prompt
 from .tasks.base import text_of
 
 
@@ -114,12 +114,12 @@ class TokenSampler(Sampler):
         )
 
     def sample(
-        self, prompts: list, instructions: list[str], decoding: Decoding, seed: int, given: int = 0
+        self, prompts: list, instructions: list[str | list[str]], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
         number = len(instructions) + 1
         rollouts = self.roll_out(
             [self.tokenize(prompt) for prompt in prompts],
-            self.bridge.by_row(prompts, lambda attempt: [instructions[attempt - 1]] * len(prompts)),
+            self.bridge.by_row(prompts, lambda attempt: for_each_prompt(instructions[attempt - 1], len(prompts))),
             number,
             decoding,
             seed + 1 + given,

@@ -72,13 +72,29 @@ def cluster(task: Task, answers: dict[int, list[str | None]]) -> dict[int, list[
     return {index: [number[index].get(answer) for answer in row] for index, row in answers.items()}
 
 
-def vote(clusters: list[int | None], correct: list[bool], size: int) -> float:
-    """Mean accuracy of the vote over disjoint groups of `size` samples."""
+def vote(clusters: list[int | None], correct: list[bool | None], size: int) -> float:
+    """
+    Mean accuracy of the vote over disjoint groups of `size` samples. An ungraded sample does not vote, and a group in which no
+    sample is graded is left out.
+
+    Args:
+        clusters (`list[int | None]`):
+            The cluster of each sample's answer; `None` for a sample without one.
+        correct (`list[bool | None]`):
+            Whether each sample is right; `None` if it is ungraded.
+        size (`int`):
+            Samples of a group.
+
+    Returns:
+        `float`: NaN if no sample is graded.
+    """
+    voters = [None if right is None else each for each, right in zip(clusters, correct, strict=True)]
     found = []
-    for start in range(0, len(clusters) - size + 1, size):
-        winner = majority(clusters[start : start + size])
-        found.append(winner is not None and correct[start + winner])
-    return float(np.mean(found))
+    for start in range(0, len(voters) - size + 1, size):
+        if any(right is not None for right in correct[start : start + size]):
+            winner = majority(voters[start : start + size])
+            found.append(winner is not None and correct[start + winner])
+    return float(np.mean(found)) if found else float("nan")
 
 
 def inference_scaling(
@@ -88,6 +104,9 @@ def inference_scaling(
     Majority votes at budgets of 2, 4, .. samples per problem: over that many first attempts, and over half as many
     second attempts, each corrected from a first one. The samples of the largest budget serve all: a smaller one is the mean
     over disjoint groups of them.
+
+    Attempts that the reward left ungraded (`None`) do not vote. A problem is left out of both votes, at all budgets, if none of
+    its first attempts or none of its second attempts is graded.
 
     Args:
         max_budget (`int`, *optional*, defaults to `64`):
@@ -100,7 +119,7 @@ def inference_scaling(
 
     Returns:
         `list[dict]`: for each budget `budget`, `parallel` and `corrected`, each with `value`, `low` and `high` (accuracy and
-        its 95 % bootstrap interval over problems).
+        its 95 % bootstrap interval over problems). NaN if no problem is left.
 
     Raises:
         `ValueError`: If a setting cannot work, or the folder holds something else.
@@ -145,18 +164,27 @@ def votes(task: Task, corrected: list[dict], parallel: list[dict], max_budget: i
     verdicts = {"parallel": defaultdict(list), "corrected": defaultdict(list)}
     for row in [*corrected, *parallel]:
         answers["parallel"][row["index"]].append(row["answers"][0])
-        verdicts["parallel"][row["index"]].append(bool(row["correct"][0]))
+        verdicts["parallel"][row["index"]].append(row["correct"][0])
     for row in corrected:
         answers["corrected"][row["index"]].append(row["answers"][-1])
-        verdicts["corrected"][row["index"]].append(bool(row["correct"][-1]))
+        verdicts["corrected"][row["index"]].append(row["correct"][-1])
+    graded = {
+        kind: {index for index, row in verdicts[kind].items() if any(right is not None for right in row)}
+        for kind in verdicts
+    }
+    problems = sorted(graded["parallel"] & graded["corrected"])
     clusters = {kind: cluster(task, answers[kind]) for kind in answers}
     result, budget = [], 2
     while budget <= max_budget:
         entry = {"budget": budget}
         for kind, size in (("parallel", budget), ("corrected", budget // 2)):
-            values = np.array([vote(clusters[kind][i], verdicts[kind][i], size) for i in sorted(clusters[kind])])
+            values = np.array([vote(clusters[kind][i], verdicts[kind][i], size) for i in problems])
             low, high = bootstrap_intervals(values)
-            entry[kind] = {"value": float(values.mean()), "low": float(low), "high": float(high)}
+            entry[kind] = {
+                "value": float(values.mean()) if problems else float("nan"),
+                "low": float(low),
+                "high": float(high),
+            }
         result.append(entry)
         budget *= 2
     return result

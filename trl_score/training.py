@@ -32,8 +32,6 @@ from .tasks.base import first, text_of
 from .tasks.dataset import DatasetTask
 
 
-SHOWN = ("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i")
-LABELS = {name: label(name) for name in SHOWN} | {"changed_ratio": "changed"}
 EXAMPLES = ("i→c", "c→c", "i→i")  # first and last attempt, right (c) or wrong (i)
 # The embedded task with its own model, on two CPU cores: `examples/configs/arithmetic.yaml`.
 EMBEDDED = {
@@ -103,9 +101,9 @@ def in_one_line():
 
 def load_task(
     arguments: TrainArguments, model_args: ModelConfig | None = None
-) -> tuple[Task, Dataset, Dataset | None]:
+) -> tuple[Task, Task | None, Dataset, Dataset | None]:
     """
-    The task, its problems to train on, and those to evaluate on, if any. With `model_args`, stored first attempts must be in the
+    The task to train on and the one to evaluate on, if any, and the problems of each. With `model_args`, stored first attempts must be in the
     tokens of the model.
 
     Raises:
@@ -121,7 +119,7 @@ def load_task(
                 tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **where)
             train_rows = with_first_attempts(train_rows, arguments.first_attempts, task, tokenizer)
         eval_rows = None if eval_task is None else first(eval_task.load("test"), arguments.num_eval_problems)
-    return task, train_rows, eval_rows
+    return task, eval_task, train_rows, eval_rows
 
 
 def init_kwargs(args, model_args: ModelConfig) -> dict:
@@ -154,10 +152,17 @@ class Progress(ProgressCallback):
             self.training_bar.write(line_of(state.global_step, logs))
 
 
+def labels_of(num_attempts: int) -> dict[str, str]:
+    """The metrics that the console shows of so many attempts: their keys in the logs, and their labels."""
+    names = [*(f"accuracy_t{k}" for k in range(1, num_attempts + 1)), f"delta_t1_t{num_attempts}"]
+    return {name: label(name) for name in (*names, "delta_i_to_c", "delta_c_to_i")} | {"changed_ratio": "changed"}
+
+
 def line_of(step: int, logs: dict) -> str:
     """A log in one line: shares in percent, KL in nats per token, tokens sampled so far, seconds per step."""
     parts = [f"step {step:>5}", f"stage {logs['stage']:.0f}"]
-    parts += [f"{name} {percent(logs[key]):5.1f}" for key, name in LABELS.items() if key in logs]
+    last = max(k for k in range(1, len(logs) + 1) if f"accuracy_t{k}" in logs)
+    parts += [f"{name} {percent(logs[key]):5.1f}" for key, name in labels_of(last).items() if key in logs]
     if "kl" in logs:
         parts.append(f"KL {logs['kl']:.4f}")
     if "num_generated_tokens" in logs:
@@ -263,6 +268,30 @@ def with_examples(reward, examples: dict[str, tuple], num_attempts: int):
     return call
 
 
+def by_mode(reward, eval_reward: Callable, is_training: Callable[[], bool]):
+    """
+    The reward function, or in evaluation that of another task. Of several, the others abstain in evaluation.
+
+    Args:
+        reward (`Callable` or `list[Callable]`):
+            A TRL reward function, or several.
+        eval_reward (`Callable`):
+            The one of the evaluation.
+        is_training (`Callable`):
+            Whether the attempts are those of training.
+    """
+    if isinstance(reward, list):
+        abstain = lambda completions, **kwargs: [None] * len(completions)  # noqa: E731
+        others = [by_mode(each, abstain, is_training) for each in reward[1:]]
+        return [by_mode(reward[0], eval_reward, is_training), *others]
+
+    @wraps(reward)
+    def call(**kwargs):
+        return (reward if is_training() else eval_reward)(**kwargs)
+
+    return call
+
+
 def train(
     train_rows: Dataset,
     eval_rows: Dataset | None,
@@ -273,6 +302,7 @@ def train(
     task: str | None = None,
     eval_task: str | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    eval_reward: Callable | None = None,
 ) -> SCoReTrainer:
     """
     Train, save the model, evaluate before and after, write the card, print the table. What fails after the model is saved
@@ -293,6 +323,8 @@ def train(
             Names of the tasks that the problems are from, for the model card. The second defaults to the first.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             What watches the run; by default, the collapse alarm.
+        eval_reward (`Callable`, *optional*):
+            What grades `eval_rows`; by default, `reward`.
 
     Raises:
         `SystemExit`: If the model cannot be loaded or trained as asked, if the checkpoint to resume is not found, or if
@@ -309,6 +341,8 @@ def train(
     args.eval_on_start = eval_rows is not None
     args.model_init_kwargs = init_kwargs(args, model_args)
     examples = {}
+    if eval_reward is not None:
+        reward = by_mode(reward, eval_reward, lambda: trainer.model.training)
     try:
         trainer = SCoReTrainer(
             model=model_args.model_name_or_path,
@@ -393,9 +427,12 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
     if not trainer.is_world_process_zero():
         return
     evaluations = [log for log in trainer.state.log_history if "eval_stage" in log]
-    table = {label: [percent(evaluations[i][f"eval_{name}"]) for i in (0, -1)] for name, label in LABELS.items()}
+    labels = labels_of(trainer.args.num_attempts_eval)
+    table = {label: [percent(evaluations[i][f"eval_{name}"]) for i in (0, -1)] for name, label in labels.items()}
     table["unchanged attempts"] = [100 - changed for changed in table.pop("changed")]
-    print(f"\n{len(trainer.eval_dataset)} held-out problems, greedy decoding, percent{'base':>10}{'SCoRe':>10}")
+    temperature = trainer.args.eval_temperature
+    decoding = "greedy decoding" if temperature == 0 else f"temperature {temperature:g}"
+    print(f"\n{len(trainer.eval_dataset)} held-out problems, {decoding}, percent{'base':>10}{'SCoRe':>10}")
     for name, (base, score) in table.items():
         print(f"{name:<46}{base:>10.1f}{score:>10.1f}")
     for kind in EXAMPLES:
@@ -404,7 +441,7 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
             for k, (attempt, right) in enumerate(attempts, start=1):
                 print(f"attempt {k}  {'right' if right else 'wrong'}  {attempt}")
 
-    total = next(log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log)
+    total = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log][-1]
     print(f"\n{total:.0f} s of training{shares_of_time(trainer, total)}")
     numbers = {
         "table": table,
@@ -418,7 +455,7 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
 
 def shares_of_time(trainer: SCoReTrainer, total: float) -> str:
     """Where `total` seconds went; nothing where the run was shorter than `logging_steps`."""
-    steps = [log for log in trainer.state.log_history if "step_time" in log]
+    steps = [log for log in trainer.state.log_history if "step_time" in log and log["step"] > trainer._first_step]
     if not steps:
         return ""
     names = ("step_time", "time/batch", "time/rollout", "time/reference", "time/reward")
@@ -429,7 +466,8 @@ def shares_of_time(trainer: SCoReTrainer, total: float) -> str:
         "rewards": mean["time/reward"],
         "updates": mean["step_time"] - mean["time/batch"],
     }
-    shares = [f"{name} {100 * value * trainer.state.max_steps / total:.0f} %" for name, value in seconds.items()]
+    done = trainer.state.max_steps - trainer._first_step
+    shares = [f"{name} {100 * value * done / total:.0f} %" for name, value in seconds.items()]
     return f": {', '.join(shares)}, the rest evaluation, optimizer and bookkeeping"
 
 
@@ -459,12 +497,13 @@ def main(arguments: list[str] | None = None) -> None:
             model_args.model_name_or_path = str(BASE_MODEL_PATH)
             # `accelerate launch` leaves a process on a CPU one thread.
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        task, train_rows, eval_rows = load_task(task_args, model_args)
+        task, eval_task, train_rows, eval_rows = load_task(task_args, model_args)
         is_dataset = isinstance(task, DatasetTask)
         reward = task.reward_funcs if is_dataset else task.reward
         names = (None, None) if is_dataset else (task.name, task_args.eval_task)
+        eval_reward = None if eval_task in (None, task) else eval_task.reward
         instruction, callbacks = task.correction_instruction, task_args.callbacks()
-        train(train_rows, eval_rows, reward, args, model_args, instruction, *names, callbacks)
+        train(train_rows, eval_rows, reward, args, model_args, instruction, *names, callbacks, eval_reward)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def browser_data(found: Found, limit: int) -> dict:
     for name, evaluation in found.evaluations.items():
         rows = []
         for row in evaluation.rollouts[:limit]:
-            text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            # A given attempt and the instruction after it are part of the prompt.
+            problem = -1 - 2 * evaluation.settings.get("num_given_attempts", 0)
+            text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][problem]["content"]
             key = (row.get("problem", text), text)
             rows.append(
                 {

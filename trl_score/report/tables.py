@@ -68,7 +68,9 @@ def _size(evaluation: Evaluation) -> str:
     number, samples = evaluation.summary["num_problems"], evaluation.summary["num_samples"]
     planned = evaluation.settings.get("num_problems", number) * evaluation.settings.get("num_samples", samples)
     unfinished = f" ({len(evaluation.rollouts)} of {planned} so far)" if len(evaluation.rollouts) < planned else ""
-    return f"{number} × {samples}{unfinished}"
+    ungraded = evaluation.summary.get("num_ungraded", 0)
+    left_out = f" ({ungraded} not graded)" if ungraded else ""
+    return f"{number} × {samples}{unfinished}{left_out}"
 
 
 def _decoding(evaluation: Evaluation) -> str:

@@ -1,13 +1,16 @@
 """Problems of any dataset, graded by reward functions, as TRL's own scripts take them."""
 
+import asyncio
 import re
+import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, cached_property, wraps
 
 from datasets import Dataset, DatasetDict, load_dataset
 
+from ..worker_pool import CAN_SEND_DESCRIPTORS
 from .base import Task
-from .math import CORRECTION_INSTRUCTION
+from .math import CORRECTION_INSTRUCTION, MathTask
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
@@ -56,7 +59,8 @@ class DatasetTask(Task):
 
         Raises:
             `OSError`: If the dataset cannot be loaded.
-            `ValueError`: If it has no such split, or no column with the problems.
+            `ValueError`: If it has no such split, no column with the problems, or a column with the name of another argument of
+                reward functions.
         """
         rows, split = self._load(), self.splits.get(split, split)
         if split not in rows:
@@ -64,6 +68,11 @@ class DatasetTask(Task):
                 f"The dataset '{self.name}' has no split '{split}', only {sorted(rows)}. Give one of these."
             )
         rows = rows[split]
+        if taken := {"attempt", "prompts", "completions"}.intersection(rows.column_names):
+            raise ValueError(
+                f"The dataset '{self.name}' has a column `{min(taken)}`, a keyword by which reward functions get something else. "
+                "Rename the column."
+            )
         problem = next((column for column in ("problem", "question") if column in rows.column_names), None)
         if "prompt" not in rows.column_names:
             if problem is None:
@@ -96,8 +105,40 @@ class DatasetTask(Task):
         return self._rows
 
     def reward(self, completions: list, **kwargs) -> list[float | None]:
-        """What the first reward function gives; see [`Task.reward`]."""
-        return self.reward_funcs[0](completions=completions, **kwargs)
+        """
+        What the first reward function gives; see [`Task.reward`]. An async function is run to its end.
+
+        Args:
+            completions (`list`):
+                One attempt per row, as text or as chat messages.
+            **kwargs:
+                Lists with one entry per row: the other dataset columns, and the `prompts` and `completion_ids` that a trainer
+                gives to reward functions. Also `attempt`, the number of the attempt, from 1.
+
+        Raises:
+            `RuntimeError`: If the function raises an error.
+            `ValueError`: If it does not return one reward per completion.
+        """
+        from ..reward_errors import graded  # here, so that a list of tasks does without TRL
+
+        func = self.reward_funcs[0]
+        call = graded(func, getattr(func, "__name__", type(func).__name__), kwargs.pop("attempt", 1))
+        rewards = call(completions=completions, **kwargs)
+        return _result(rewards) if asyncio.iscoroutine(rewards) else rewards
+
+    def answer(self, text: str, **row) -> str | None:
+        """The final answer, for a reward that reads mathematics, and otherwise the whole text; see [`Task.answer`]."""
+        return self._math.answer(text) if self.reads_mathematics else super().answer(text, **row)
+
+    def same_answers(self, first: list[str], second: list[str]) -> list[bool]:
+        """Whether math-verify takes the answers for equal, for a reward that reads mathematics; see [`Task.same_answers`]."""
+        if self.reads_mathematics and CAN_SEND_DESCRIPTORS:
+            return self._math.same_answers(first, second)
+        return super().same_answers(first, second)
+
+    @cached_property
+    def _math(self) -> MathTask:
+        return MathTask()
 
     def gold(self, rows: Dataset) -> list[str | None]:
         """The column `solution` in a box, for the rewards that read mathematics; see [`Task.gold`]."""
@@ -105,6 +146,18 @@ class DatasetTask(Task):
             return [None] * len(rows)
         texts = map(str, rows["solution"])
         return [each if "\\boxed" in each else f"\\boxed{{{each.strip().strip('$')}}}" for each in texts]
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all calls, since a client that a reward function keeps belongs to a loop; in a thread, as notebooks have their own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+def _result(coroutine):
+    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop()).result()
 
 
 def _mathematics(answer: object) -> str | None:
