@@ -154,7 +154,7 @@ def length_of_run(num_problems: int | None, args: SCoReConfig) -> tuple[int, lis
 def check_stage1_steps(stage1_steps: float, max_steps: int, num_attempts: int = 2):
     """
     A share of the run that is above 0 and below 1 asks for both stages, so it must not round to none or all of the steps. A run
-    of a single step is exempt, as it has one stage in any case. Each attempt after the first is trained in some of the steps.
+    of a single step is exempt, as it has one stage in any case. With fewer steps than attempts to train there is a warning.
 
     Args:
         stage1_steps (`float`):
@@ -172,9 +172,10 @@ def check_stage1_steps(stage1_steps: float, max_steps: int, num_attempts: int = 
             f"number of steps, to 0 for Stage II only, or to `max_steps` for Stage I only."
         )
     if 0 < steps < min(num_attempts - 1, max_steps):
-        raise ValueError(
+        warnings.warn(
             f"Stage I trains the attempts 2 to {num_attempts} in turn, but `stage1_steps={stage1_steps}` gives it {steps} of the "
-            f"{max_steps} steps. Set it to {num_attempts - 1} steps or more, or to 0 for Stage II only."
+            f"{max_steps} steps, so it leaves out the last ones. Set it to {num_attempts - 1} steps or more, or to 0 for Stage II only.",
+            stacklevel=3,
         )
 
 
