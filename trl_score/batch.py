@@ -32,6 +32,8 @@ class Batch:
             Filled in by generation.
         completions (`list[list]`):
             Filled in by generation: for each attempt, `B` texts or chat messages, as the reward functions see them.
+        truncated (`list[list[bool]]`):
+            Filled in by generation: [`Batch.find_truncated`].
         trained (`list[list[int]]`):
             Filled in by generation: [`Batch.trained_ids`] of each row.
         attempt (`int`):
@@ -49,26 +51,27 @@ class Batch:
     stored: list[list[int] | None]
     rollouts: Rollouts | None = None
     completions: list[list] = field(default_factory=list)
+    truncated: list[list[bool]] = field(default_factory=list)
     trained: list[list[int]] = field(default_factory=list)
     attempt: int | None = None
     rewards: list[Tensor] = field(default_factory=list)
 
-    def truncated(self, eos_token_ids: set[int], limit: int) -> list[list[bool]]:
+    def find_truncated(self, eos_token_ids: set[int], limit: int) -> list[list[bool]]:
         """
-        Per rollout and attempt, whether it was cut off at `limit` tokens, without an end-of-sequence token. A shorter one that lacks the
-        token is stored text, or ended with a stop string.
+        Per rollout and attempt, whether it was cut off at `limit` tokens, without an end-of-sequence token. A shorter one that
+        lacks the token is stored text, or ended with a stop string.
         """
         return [
             [not ids or (len(ids) >= limit and ids[-1] not in eos_token_ids) for ids in row]
             for row in self.rollouts.attempts
         ]
 
-    def trained_ids(self, truncated: list[list[bool]] | None = None) -> list[list[int]]:
+    def trained_ids(self, mask_truncated: bool) -> list[list[int]]:
         """
         For each token after the prompt its attempt, or 0 if the attempt is not trained. Stored attempts are not trained, nor are
-        truncated ones if `truncated` is given.
+        truncated ones if `mask_truncated`.
         """
-        untrained = truncated or [[False] * self.num_attempts for _ in self.stored]
+        untrained = self.truncated if mask_truncated else [[False] * self.num_attempts for _ in self.stored]
         untrained = [[row[0] or ids is not None, *row[1:]] for row, ids in zip(untrained, self.stored, strict=True)]
         return [
             [0 if k == 0 or row[k - 1] else k for k in ids]

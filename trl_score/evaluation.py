@@ -234,9 +234,13 @@ def _p(evaluation: Evaluation) -> str:
 
 
 def _size(evaluation: Evaluation) -> str:
-    ungraded = evaluation.summary["num_ungraded"]
-    left_out = f" ({ungraded} not graded)" if ungraded else ""
-    return f"{evaluation.summary['num_problems']} x {evaluation.summary['num_samples']}{left_out}"
+    return f"{evaluation.summary['num_problems']} x {evaluation.summary['num_samples']}{left_out(evaluation)}"
+
+
+def left_out(evaluation: Evaluation) -> str:
+    """How many rollouts could not be graded, in brackets; nothing if all could."""
+    ungraded = evaluation.summary.get("num_ungraded", 0)
+    return f" ({ungraded} not graded)" if ungraded else ""
 
 
 def _decoding(evaluation: Evaluation) -> str:

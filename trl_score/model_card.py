@@ -29,6 +29,7 @@ from .tasks.sources import HUB
 
 
 if TYPE_CHECKING:
+    from .score_config import SCoReConfig
     from .score_trainer import SCoReTrainer
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
         eval_task=trainer.eval_task,
         results=tables(evaluations),
         num_problems=num_problems,
-        decoding="greedy decoding" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}",
+        decoding=decoding_of(config),
         settings=settings,
         command=yaml.safe_dump(
             command_of(trainer, card.data.base_model), sort_keys=False, allow_unicode=True, width=100
@@ -338,6 +339,11 @@ def _adapter(adapter: PeftConfig) -> str:
     if modules:
         parts.append(f"modules {modules if isinstance(modules, str) else ', '.join(sorted(modules))}")
     return ", ".join(parts)
+
+
+def decoding_of(config: "SCoReConfig") -> str:
+    """How attempts are decoded in evaluation."""
+    return "greedy decoding" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}"
 
 
 def command_of(trainer: "SCoReTrainer", base_model: str | None) -> dict:

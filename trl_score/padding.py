@@ -8,6 +8,7 @@ rounding.
 import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,12 @@ def takes_positions(model: nn.Module, base: nn.Module) -> bool:
     """
     adapter = getattr(model, "active_peft_config", None)
     has_virtual_tokens = adapter is not None and adapter.is_prompt_learning  # with them PEFT takes no positions
-    return not has_virtual_tokens and "position_ids" in inspect.signature(base.base_model.forward).parameters
+    return not has_virtual_tokens and _has_position_ids(type(base.base_model))
+
+
+@cache
+def _has_position_ids(model: type[nn.Module]) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def width(attention_mask: Tensor, logits_to_keep: int) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class ResumableTrainer(GRPOTrainer):
     def _new_run(self, max_steps: int):
         """The state of a run at its start. Checkpoints save it."""
         self._planned_steps = max_steps  # `max_steps` when the run began
+        self._first_step = self.state.global_step  # of this process; above 0 in a run that is resumed
         self._stage1_beta = self.args.stage1_beta  # of the next batch
         self._num_generated_tokens = 0  # of all processes, in training
 
@@ -199,7 +200,6 @@ def start_run(trainer, max_steps: int, checkpoint: str | None, epoch: int, batch
         `tuple[int, int]`: the epoch to start in, and the number of its micro-batches to skip.
     """
     trainer._new_run(max_steps)
-    trainer._first_step = trainer.state.global_step
     trainer._step, trainer._buffered_inputs = 0, None
     trainer._last_loaded_step = -1  # vLLM may hold other weights of the same step
     if checkpoint is None:

@@ -21,7 +21,7 @@ TOKENS = (
 
 
 def rollout_values(
-    batch: Batch, rewards: Tensor, counted: Tensor, truncated: list[list[bool]], gather: Callable[[Tensor], Tensor]
+    batch: Batch, rewards: Tensor, counted: Tensor, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """
     The metrics of a batch, by their names in the logs.
@@ -33,8 +33,6 @@ def rollout_values(
             Weighted reward of each attempt by each reward function, NaN where the function abstained.
         counted (`torch.Tensor` of shape `(B of all processes,)`):
             Whether a rollout is counted.
-        truncated (`list[list[bool]]`):
-            Whether each attempt of each rollout of this process was cut off.
         gather (`Callable[[torch.Tensor], torch.Tensor]`):
             Function from a tensor of the rows of this process to one of the rows of all processes.
 
@@ -50,7 +48,8 @@ def rollout_values(
     total = total_rewards(rewards)
     values |= {f"reward_t{k}": total[counted, k - 1] for k in attempts}
     own = {}  # of the rows of this process
-    own |= {f"completions/clipped_ratio_t{k}": each for k, each in enumerate(zip(*truncated, strict=True), start=1)}
+    truncated = zip(*batch.truncated, strict=True)
+    own |= {f"completions/clipped_ratio_t{k}": each for k, each in enumerate(truncated, start=1)}
     lengths = zip(*([len(ids) for ids in row] for row in batch.rollouts.attempts), strict=True)
     own |= {f"completions/mean_length_t{k}": each for k, each in enumerate(lengths, start=1)}
     if batch.num_attempts > 1:

@@ -373,8 +373,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         batch.completions = [
             decode_attempts(self._tokenizer, prompts, rollouts, k + 1) for k in range(batch.num_attempts)
         ]
-        truncated = batch.truncated(self.eos_token_ids, self.max_completion_length)
-        batch.trained = batch.trained_ids(truncated if self.args.mask_truncated_completions else None)
+        batch.truncated = batch.find_truncated(self.eos_token_ids, self.max_completion_length)
+        batch.trained = batch.trained_ids(self.args.mask_truncated_completions)
         return {
             "prompt_ids": rollouts.prompt_ids,
             "completion_ids": rollouts.completion_ids,
@@ -582,8 +582,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     def _log_rollouts(self, rewards: Tensor, advantages: Tensor, counted: Tensor):
         """Log a batch: rewards (B, K, F), advantages (B, K) and which rollouts are counted (B,), all of all processes."""
         batch, metrics = self._batch, self._metrics[self._batch.mode]
-        truncated = batch.truncated(self.eos_token_ids, self.max_completion_length)
-        values = rollout_values(batch, rewards, counted, truncated, self.accelerator.gather)
+        values = rollout_values(batch, rewards, counted, self.accelerator.gather)
         metrics["stage"].append(batch.stage.number)
         for name, each in values.items():
             metrics[name].extend(each.tolist())

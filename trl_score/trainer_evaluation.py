@@ -49,11 +49,11 @@ class EvaluatingTrainer(GRPOTrainer):
     @contextmanager
     def _file_of_evaluation(self) -> Iterator[None]:
         """Within this context TRL writes the table of completions of an evaluation, beside that of the training step."""
-        file = Path(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.parquet")
-        aside = file.with_suffix(".aside")
         if not (self.log_completions and self.accelerator.is_main_process):
             yield
             return
+        file = Path(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.parquet")
+        aside = file.with_suffix(".aside")
         if file.exists():
             file.replace(aside)
         try:

@@ -21,6 +21,7 @@ from .arguments import TrainArguments
 from .callbacks import CollapseAlarm, trackers
 from .collection import with_first_attempts
 from .metrics import label
+from .model_card import decoding_of
 from .parsing import Parser
 from .records import check_folder, disconnect, strict_json
 from .resuming import checkpoints, is_whole
@@ -103,8 +104,8 @@ def load_task(
     arguments: TrainArguments, model_args: ModelConfig | None = None
 ) -> tuple[Task, Task | None, Dataset, Dataset | None]:
     """
-    The task to train on and the one to evaluate on, if any, and the problems of each. With `model_args`, stored first attempts must be in the
-    tokens of the model.
+    The task to train on and the one to evaluate on, if any, and the problems of each. With `model_args`, stored first attempts
+    must be in the tokens of the model.
 
     Raises:
         `SystemExit`: If they cannot be loaded, with one line that says why.
@@ -161,8 +162,8 @@ def labels_of(num_attempts: int) -> dict[str, str]:
 def line_of(step: int, logs: dict) -> str:
     """A log in one line: shares in percent, KL in nats per token, tokens sampled so far, seconds per step."""
     parts = [f"step {step:>5}", f"stage {logs['stage']:.0f}"]
-    last = max(k for k in range(1, len(logs) + 1) if f"accuracy_t{k}" in logs)
-    parts += [f"{name} {percent(logs[key]):5.1f}" for key, name in labels_of(last).items() if key in logs]
+    labels = labels_of(sum(key.startswith("accuracy_t") for key in logs))
+    parts += [f"{name} {percent(logs[key]):5.1f}" for key, name in labels.items() if key in logs]
     if "kl" in logs:
         parts.append(f"KL {logs['kl']:.4f}")
     if "num_generated_tokens" in logs:
@@ -430,9 +431,9 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
     labels = labels_of(trainer.args.num_attempts_eval)
     table = {label: [percent(evaluations[i][f"eval_{name}"]) for i in (0, -1)] for name, label in labels.items()}
     table["unchanged attempts"] = [100 - changed for changed in table.pop("changed")]
-    temperature = trainer.args.eval_temperature
-    decoding = "greedy decoding" if temperature == 0 else f"temperature {temperature:g}"
-    print(f"\n{len(trainer.eval_dataset)} held-out problems, {decoding}, percent{'base':>10}{'SCoRe':>10}")
+    print(
+        f"\n{len(trainer.eval_dataset)} held-out problems, {decoding_of(trainer.args)}, percent{'base':>10}{'SCoRe':>10}"
+    )
     for name, (base, score) in table.items():
         print(f"{name:<46}{base:>10.1f}{score:>10.1f}")
     for kind in EXAMPLES:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, left_out
 from ..metrics import bootstrap_intervals, label, metric, self_correction_values
 from ..metrics.statistics import detectable_difference, pass_at_k, problems_needed, standard_error
 from .folders import Found, instruction
@@ -68,9 +68,7 @@ def _size(evaluation: Evaluation) -> str:
     number, samples = evaluation.summary["num_problems"], evaluation.summary["num_samples"]
     planned = evaluation.settings.get("num_problems", number) * evaluation.settings.get("num_samples", samples)
     unfinished = f" ({len(evaluation.rollouts)} of {planned} so far)" if len(evaluation.rollouts) < planned else ""
-    ungraded = evaluation.summary.get("num_ungraded", 0)
-    left_out = f" ({ungraded} not graded)" if ungraded else ""
-    return f"{number} × {samples}{unfinished}{left_out}"
+    return f"{number} × {samples}{unfinished}{left_out(evaluation)}"
 
 
 def _decoding(evaluation: Evaluation) -> str:

@@ -176,9 +176,8 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
         sentence = REASON.sub("", lines[0][: end.start()] if end else lines[0])
         if display := re.match(r"\s*(?:\\\[|\$\$)\s*([\s\S]{1,400}?)(?:\\\]|\$\$)", rest):
             sentence = display.group(1)
-        elif len(MATH_MARKS.findall(sentence)) % 2:
-            if len(MATH_MARKS.findall(MONEY_SIGN.sub("", sentence))) % 2:  # cut off in a formula
-                continue
+        elif all(len(MATH_MARKS.findall(each)) % 2 for each in (sentence, MONEY_SIGN.sub("", sentence))):
+            continue  # cut off in a formula, and no money
         stop = label.end() + rest.index(lines[0]) + (end.start() if end else len(lines[0]))
         denied = "####" not in label.group() and _is_denied(text, label.start(), stop)
         if (
