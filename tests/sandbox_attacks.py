@@ -40,7 +40,7 @@ def run(backend: str, rows: list[dict]) -> list[str]:
     """The faults found: a wrong verdict, a trace on the host, a process or connection that should not be."""
     faults = []
     before = processes()
-    limits = {"cpu_seconds": 1, "wall_seconds": 3, "memory": 256 << 20}
+    limits = {"cpu_seconds": 0.5, "wall_seconds": 3, "memory": 256 << 20}
     sandbox = Sandbox(backend, **limits, num_workers=8, allow_code_execution=True)  # most of them only wait
     with tempfile.TemporaryDirectory() as canary, socket.create_server(("127.0.0.1", 0)) as server:
         os.chmod(canary, 0o777)

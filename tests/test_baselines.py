@@ -278,6 +278,19 @@ def test_star_interrupted_in_its_second_iteration_ends_with_the_same_weights(tmp
         run_baseline(model, TASK, arguments(plus=False), sft)
 
 
+def test_the_last_model_alone_goes_to_the_hub_with_what_its_rollouts_were_rendered_with(sft, monkeypatch):
+    pushed = []
+
+    def push(trainer, **kwargs):
+        pushed.append({file.name for file in Path(trainer.args.output_dir).iterdir()})
+
+    monkeypatch.setattr(SFTTrainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(SFTTrainer, "push_to_hub", push)
+    run_baseline(ModelConfig(BASE), TASK, arguments(num_iterations=2), replace(sft, push_to_hub=True))
+    (files,) = pushed
+    assert {"iteration-1", "model.safetensors", "score.json"} <= files
+
+
 PAIRS = {"method": "pair_sft", "num_samples": 8}
 
 

@@ -92,6 +92,17 @@ def test_an_adapter_is_loaded_on_top_of_its_base(tmp_path, quantized):
     assert [row["attempts"] for row in adapted.rollouts] != [row["attempts"] for row in base.rollouts]
 
 
+@pytest.mark.parametrize("settings", [{}, {"self_refine": True}, {"reuse_cache": False}])
+def test_rollouts_that_the_model_cannot_read_are_refused_before_any_is_sampled(tmp_path, settings):
+    settings = SETTINGS | settings | {"max_completion_length": 32}
+    sampler = TransformersSampler(BASE, reuse_cache=settings.pop("reuse_cache", True))
+    with pytest.raises(
+        ValueError, match=r"The model's context of 64 tokens .* of up to 32 tokens .*Lower `max_completion"
+    ):
+        evaluate_self_correction(sampler, "arithmetic", output_dir=tmp_path, **settings)
+    assert not list(tmp_path.glob("rollouts*"))
+
+
 @needs_data
 def test_offline_repair_grades_the_given_attempt_and_samples_the_second(chat_model):
     sandbox = Sandbox(allow_code_execution=True)

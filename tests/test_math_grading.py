@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from trl_score.tasks import GSM8K, Math
 from trl_score.tasks.math import MathTask
-from trl_score.tasks.math_grading import extract_answer, is_correct, parse_gold
+from trl_score.tasks.math_grading import AT_ONCE, extract_answer, is_correct, is_readable, parse_gold
 
 
 DATA = Path(os.environ.get("TRL_SCORE_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -277,6 +277,40 @@ def test_a_gold_answer_that_cannot_be_parsed_is_an_error(grader):
     with pytest.raises(ValueError, match="cannot be parsed"):
         grader.reward([final("5")], answer=[""])
     assert grader.unreadable_golds(["5", "", r"\frac{1}{2}", "3 cats or 4 dogs"]) == ["", "3 cats or 4 dogs"]
+
+
+def test_a_gold_answer_is_checked_without_mathematics_unless_that_could_take_long():
+    """MATH has 4,194 different ones, and to parse them all takes most of a minute."""
+    quick = [
+        r"\frac{3}{4}",
+        "x^2 + 2x^{11}",
+        r"90^\circ",
+        r"\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \end{pmatrix}",
+        r"\left[0, \pi\right)",
+        "18,\\!000",
+    ]
+    slow = [
+        "9!!!!",
+        "2^{3^{4}}",
+        "x^2^9",
+        "7^{99}",
+        "x^{100}",
+        r"\sum_{k=1}^9 k",
+        r"\binom{9}{3}",
+        "12345678901",
+        "(x+1)^9",
+    ]
+    for gold in [*quick, "3 cats", "3 cats or 4 dogs", "5 or so 6 things"]:
+        assert AT_ONCE.fullmatch(gold)
+    for gold in slow:
+        assert not AT_ONCE.fullmatch(gold)
+    for gold in [*quick, *slow[1:], "3 cats", "", "$$"]:
+        try:
+            parsed = bool(parse_gold(gold))
+        except ValueError:
+            parsed = False
+        assert is_readable(gold) == parsed
+    assert not is_readable("3 cats or 4 dogs")
 
 
 HOSTILE = [

@@ -111,17 +111,20 @@ def run_baseline(
             traces = star_traces(rollouts, **options)
         else:
             traces = pair_traces(rollouts, **options, seed=args.seed)
-        folder = output_dir if iteration == arguments.num_iterations else output_dir / f"iteration-{iteration}"
+        last = iteration == arguments.num_iterations
+        folder = output_dir if last else output_dir / f"iteration-{iteration}"
+        sft_args = replace(args, output_dir=str(folder), push_to_hub=args.push_to_hub and last)
         dataset = tokenized(traces, tokenizer, instruction, rendering)
         save(output_dir, result)  # before the first checkpoint, whose settings it says
+        if processes().is_main_process:  # goes to the Hub with the model
+            folder.mkdir(parents=True, exist_ok=True)
+            save_rollout_settings(folder, chat_template_kwargs=rendering, correction_instruction=instruction)
         entry = {
             "rollouts": len(rollouts),
             **{kind: traces["kind"].count(kind) for kind in ("i_to_c", "c_to_c")},
-            "steps": fine_tune(base, dataset, replace(args, output_dir=str(folder)), model_args),
+            "steps": fine_tune(base, dataset, sft_args, model_args),
             "seconds": round(time.time() - start, 1),
         }
-        if processes().is_main_process:
-            save_rollout_settings(folder, chat_template_kwargs=rendering, correction_instruction=instruction)
         result["iterations"].append(entry)
         result["attempts_sampled"] += len(rollouts) * SAMPLES_OF_ROLLOUT[arguments.method]
         save(output_dir, result)

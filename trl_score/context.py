@@ -1,7 +1,10 @@
 """All attempts at a problem fit the model's context: every row of the data is checked at construction, every batch when it is sampled."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -10,7 +13,10 @@ from trl import is_conversational
 from .checks import named_datasets
 from .first_attempts import attempt_tokens
 from .rollout import Bridge, check_chat_template
-from .score_config import SCoReConfig
+
+
+if TYPE_CHECKING:
+    from .score_config import SCoReConfig
 
 
 ROWS_AT_A_TIME = 1000  # prompts tokenized in one call
@@ -55,33 +61,36 @@ class ContextCheck:
     def __init__(self, limit: int | None, max_completion_length: int, bridge: Bridge):
         self.limit, self.max_completion_length, self.bridge = limit, max_completion_length, bridge
 
-    def bridge_tokens(self, prompts: list, instructions: list[str], num_attempts: int) -> list[int]:
+    def bridge_tokens(self, prompts: list, instructions: Callable[[int], list[str]], num_attempts: int) -> list[int]:
         """Tokens of all bridges of each rollout."""
         empty = [[] for _ in prompts]
-        each = [self.bridge(prompts, instructions, attempt, empty) for attempt in range(1, num_attempts)]
+        each = [self.bridge(prompts, instructions(attempt), attempt, empty) for attempt in range(1, num_attempts)]
         return [sum(map(len, row)) for row in zip(*each, strict=True)] if each else [0] * len(prompts)
 
     def check_batch(
         self,
         prompts: list,
         prompt_ids: list[list[int]],
-        instructions: list[str],
+        instructions: Callable[[int], list[str]],
         num_attempts: int,
         stored: list[list[int] | None],
-        largest: Callable[[int], int],
+        largest: Callable[[int], int] = int,
     ):
         """
         Check a batch of rollouts.
 
         Args:
-            prompts, prompt_ids, instructions (`list`):
-                `B` prompts, their tokens, and their correction instructions.
+            prompts, prompt_ids (`list`):
+                `B` prompts and their tokens.
+            instructions (`Callable[[int], list[str]]`):
+                The `B` correction instructions after attempt `attempt`, from 1.
             num_attempts (`int`):
                 Attempts in a rollout.
             stored (`list[list[int] | None]`):
                 `B` stored first attempts, `None` for one that is sampled.
-            largest (`Callable[[int], int]`):
-                The largest of the numbers of all processes: they stop together, so that none waits for one that has stopped.
+            largest (`Callable[[int], int]`, *optional*):
+                The largest of the numbers of all processes: they stop together, so that none waits for one that has stopped. By
+                default, a process stops alone.
         """
         if self.limit is None:
             return
@@ -153,7 +162,8 @@ class ContextCheck:
         row = dataset[0]
         if is_conversational(row):
             check_chat_template(self.bridge.tokenizer)
-        self.bridge_tokens([row["prompt"]], [row.get("correction_instruction") or instruction], num_attempts)
+        own = row.get("correction_instruction") or instruction
+        self.bridge_tokens([row["prompt"]], lambda attempt: [own], num_attempts)
         if self.limit is None:
             return
         rollouts = self._rollouts(name, dataset, tokenize, instruction, num_attempts, first_attempt)
@@ -182,7 +192,7 @@ class ContextCheck:
             own = row.get("correction_instruction") or instruction
             # Hardly any template makes the bridges depend on the prompt. Each batch is checked to the token.
             if own not in between:
-                [between[own]] = self.bridge_tokens([row["prompt"]], [own], num_attempts)
+                [between[own]] = self.bridge_tokens([row["prompt"]], lambda attempt, own=own: [own], num_attempts)
             first = self.max_completion_length if first_attempt is None else first_attempt(row)
             yield _Rollout(f"row {index} of `{name}`", length, first, others, between[own])
 

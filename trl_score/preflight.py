@@ -12,7 +12,7 @@ from functools import partial
 import psutil
 import torch
 
-from .context import ContextCheck, context_limit
+from .context import ContextCheck
 from .evaluation import evaluate
 from .jobs import Plan, grade
 from .metrics import metric
@@ -266,7 +266,7 @@ def check_tokens(task: Task, rows, sampler: TokenSampler, job) -> list[Finding]:
             "end token", "ok", f"an attempt ends with {tokenizer.convert_ids_to_tokens(sorted(sampler.eos_token_ids))}"
         ),
     ]
-    limit = context_limit(sampler.model.config) if isinstance(sampler, TransformersSampler) else None
+    limit = sampler.context_limit
     context, tokenize = ContextCheck(limit, job.max_completion_length, bridge), partial(map, sampler.tokenize)
     try:
         context.check_rows("the split", rows, tokenize, job.correction_instruction, 2)

@@ -20,6 +20,7 @@ from transformers import (
 
 from . import fingerprints
 from .checks import warn_of_emulated_bfloat16
+from .context import ContextCheck, context_limit
 from .decoding import (
     Decoding,
     end_token_ids,
@@ -48,11 +49,14 @@ class TokenSampler(Sampler):
             The tokens that end an attempt.
         chat_template_kwargs (`dict`):
             Further arguments of the chat template.
+        context_limit (`int`, *optional*):
+            Tokens that the model can read: rollouts that can become longer are refused. `None`: not known here.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: set[int]
     chat_template_kwargs: dict
+    context_limit: int | None = None
 
     def _set_tokenizer(
         self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict, generation: GenerationConfig | None
@@ -116,14 +120,15 @@ class TokenSampler(Sampler):
     def sample(
         self, prompts: list, instructions: list[str | list[str]], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
-        number = len(instructions) + 1
-        rollouts = self.roll_out(
-            [self.tokenize(prompt) for prompt in prompts],
-            self.bridge.by_row(prompts, lambda attempt: for_each_prompt(instructions[attempt - 1], len(prompts))),
-            number,
-            decoding,
-            seed + 1 + given,
-        )
+        number, bridge = len(instructions) + 1, self.bridge
+        prompt_ids = [self.tokenize(prompt) for prompt in prompts]
+
+        def turns(attempt: int) -> list[str]:
+            return for_each_prompt(instructions[attempt - 1], len(prompts))
+
+        context = ContextCheck(self.context_limit, decoding.max_completion_length, bridge)
+        context.check_batch(prompts, prompt_ids, turns, number, [None] * len(prompts))
+        rollouts = self.roll_out(prompt_ids, bridge.by_row(prompts, turns), number, decoding, seed + 1 + given)
         texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(number)]
         return [
             [
@@ -181,7 +186,7 @@ class TransformersSampler(TokenSampler):
             tokenizer, chat_template_kwargs = load_rendering(
                 self.name, tokenizer, chat_template_kwargs, **revision, **kwargs
             )
-        self.model = model
+        self.model, self.context_limit = model, context_limit(model.config)
         self._set_tokenizer(tokenizer, chat_template_kwargs, model.generation_config)
         tokenizer = self.tokenizer
         self.reuse_cache = reuse_cache

@@ -363,7 +363,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         batch = self._batch
         prompt_ids = self._prompt_ids(prompts)
         self._context.check_batch(
-            prompts, prompt_ids, batch.instructions, batch.num_attempts, batch.stored, self._largest
+            prompts, prompt_ids, lambda attempt: batch.instructions, batch.num_attempts, batch.stored, self._largest
         )
 
         with trainer_decoding(self, batch.mode):

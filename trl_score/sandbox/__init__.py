@@ -111,9 +111,9 @@ class Sandbox:
         backend (`str`, *optional*, defaults to `"auto"`):
             One of `"namespaces"`, `"landlock"`, `"seccomp"`, `"none"`, or `"auto"`: the first of the first three that
             this machine allows. `"none"` has to be asked for.
-        cpu_seconds (`float`, *optional*, defaults to `5.0`):
-            CPU time of a program.
-        wall_seconds (`float`, *optional*, defaults to `15.0`):
+        cpu_seconds (`float`, *optional*, defaults to `10.0`):
+            CPU time of a program. The slowest reference program of MBPP and HumanEval (MBPP's problem 123) needs 4 to 5.4.
+        wall_seconds (`float`, *optional*, defaults to `30.0`):
             Wall-clock time of a program. Time that it spends waiting for a core of a busy machine does not count, up to ten
             times this limit.
         memory (`int`, *optional*, defaults to `512 * 2**20`):
@@ -142,8 +142,8 @@ class Sandbox:
         self,
         backend: str = "auto",
         *,
-        cpu_seconds: float = 5.0,
-        wall_seconds: float = 15.0,
+        cpu_seconds: float = 10.0,
+        wall_seconds: float = 30.0,
         memory: int = 512 * 2**20,
         packages: Sequence[str] = (),
         num_workers: int | None = None,

@@ -22,8 +22,13 @@ from .repeating import is_asked, repeats
 from .stating import MAX_TEXT, extract_answer, unwrapped
 
 
-__all__ = ["MAX_TEXT", "extract_answer", "is_correct", "parse_gold"]
+__all__ = ["MAX_TEXT", "extract_answer", "is_correct", "is_readable", "parse_gold"]
 
+AT_ONCE = re.compile(  # no powers of powers, factorials, sums or numbers of ten digits
+    r"(?!.*\d{10})(?:[a-zA-Z]\^(?:\d(?!\d)|\{\d\d?\})(?!\s*\^)|\^\{?\\circ\}?|[\w\s.,+*/()\[\]{}=<>:|&$-]|\\[ ,!;{}%$\\]"
+    r"|\\(?:[dt]?frac|sqrt|pi|theta|infty|left|right|cup|cap|in|cdot|times|pm|text|mbox|begin|end|[lg]eq?)(?![a-zA-Z]))*+",
+    re.DOTALL,
+)
 CLOCK = re.compile(
     r"(?:\\text\s*\{)?\s*(?P<hour>\d{1,2})(?:(?::|\{:\})(?P<minute>[0-5]\d))?(?:[\s~}]|\\[ ,]|\\text\s*\{)*"
     r"(?:(?P<half>[ap])\.?\s?m\b\.?\D*)?",
@@ -45,9 +50,22 @@ def parse_gold(answer: str) -> Reading:
     """
     bare = unwrapped(answer)
     reading = read(bare)
-    if not bare or (reading.refused and len(re.findall(r"\d+", bare)) > 1):
+    if not _says_something(bare, reading):
         raise ValueError(f"The gold answer {answer!r} cannot be parsed. Drop the row, or give the answer as LaTeX.")
     return reading
+
+
+def is_readable(gold: str) -> bool:
+    """Whether [`parse_gold`] reads a gold answer, in a tenth of the time: what math-verify parses at once, it need not parse."""
+    bare = unwrapped(gold)
+    try:
+        return _says_something(bare, read(bare, parse=not AT_ONCE.fullmatch(bare)))
+    except Exception:
+        return False
+
+
+def _says_something(bare: str, reading: Reading) -> bool:
+    return bool(bare) and not (reading.refused and len(re.findall(r"\d+", bare)) > 1)
 
 
 def is_correct(text: str, gold: str, problem: str | None = None) -> bool:

@@ -21,21 +21,14 @@ def _load(name: str, file: Path) -> ModuleType:
     return module
 
 
-def _is_readable(gold: str) -> bool:
-    try:
-        return bool(grading.parse_gold(gold))
-    except Exception:
-        return False
-
-
 def handle(job: bytes) -> bytes:
     """One job: a verdict, the reason why there is none, the unreadable golds, or whether two answers are the same."""
     job = json.loads(job)
     if "golds" in job:
-        return json.dumps([gold for gold in job["golds"] if not _is_readable(gold)]).encode()
+        return json.dumps([gold for gold in job["golds"] if not grading.is_readable(gold)]).encode()
     if "same" in job:
         first, second = job["same"]
-        return json.dumps(_is_readable(second) and grading.is_correct(rf"\boxed{{{first}}}", second)).encode()
+        return json.dumps(grading.is_readable(second) and grading.is_correct(rf"\boxed{{{first}}}", second)).encode()
     try:
         return json.dumps(grading.is_correct(job["text"], job["gold"], job["problem"])).encode()
     except ValueError as error:
