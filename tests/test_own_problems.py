@@ -204,7 +204,9 @@ def test_reward_functions_that_training_takes_grade_an_evaluation(folder, name, 
 
 def test_an_evaluation_gives_the_tokens_of_the_attempts(folder):
     task = DatasetTask("data", reward_funcs=["my_task.py:lengths"])
-    (row,) = evaluate_self_correction(BASE, task, max_completion_length=8, limit=1).rollouts
+    (row,) = evaluate_self_correction(
+        BASE, task, max_completion_length=8, limit=1, correction_instruction="Again."
+    ).rollouts
     assert row["rewards"] == row["num_tokens"] and "token_ids" not in row
 
 

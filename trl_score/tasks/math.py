@@ -146,7 +146,9 @@ class MathTask(Task):
 
     def answer(self, text: str, **row) -> str | None:
         """The final answer as it stands in the attempt; see [`Task.answer`]."""
-        return math_grading.extract_answer(text[-math_grading.MAX_TEXT :])
+        return (
+            math_grading.extract_answer(text[-math_grading.MAX_TEXT :]) or None
+        )  # a final answer that is denied or empty
 
     def same_answers(self, first: list[str], second: list[str]) -> list[bool]:
         """Whether math-verify takes the answers for equal; see [`Task.same_answers`]."""

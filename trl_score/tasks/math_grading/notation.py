@@ -69,6 +69,11 @@ def _recurring(match: re.Match) -> str:
 REWRITES = [
     (re.compile(r"\\\\(?=[a-zA-Z])(?!.*\\begin)"), r"\\"),
     (re.compile(r"\\!\s*"), ""),
+    (re.compile(r"\\text\s*\{\s*,\s*\}"), ", "),
+    (re.compile(r"(?:\s|~|\\[,;: ])+(?=,)|(?<=,)(?:\s|~|\\[,;: ])+"), " "),  # of a list
+    (re.compile(r"\\([dtc]?frac)\s*(\\(?:pi|theta|alpha|beta))\s*(\d|\\(?:pi|theta|alpha|beta))(?![a-zA-Z])"), r"\\\1{\2}{\3}"),
+    (re.compile(r"\\(sqrt|[dtc]?frac)\s*(\\(?:pi|theta|alpha|beta))(?![a-zA-Z])"), r"\\\1{\2}"),
+    (re.compile(r"(?<=\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})|^-?\d{1,3}(?:,\d{3})+(?=\s*\\(?:pi|sqrt))"), lambda m: m.group().replace(",", "")),
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+"), lambda power: f"^{{{power.group().translate(SUPERSCRIPTS)}}}"),
     (re.compile(r"\\(?:bold(?:symbol)?|bm|pmb|displaystyle|limits|phantom)(?![a-zA-Z])|\\[mb]?(?:left|right)(?=\s*[.])\s*\."), " "),
     (re.compile(r"\\(?:left|right|[bB]ig+[lr]?)(?![a-zA-Z])\s*"), ""),
@@ -110,6 +115,7 @@ REWRITES = [
     (re.compile(r"(?P<whole>\d+)\.(?P<start>\d*?)(?P<period>\d+?)(?P=period){2,}\s*(?:\\[lc]?dots|\.\.\.)"), _recurring),
     (re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])"), r"\1\\cdot 10^{\2}"),
     (re.compile(r"(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\\frac{\2}{\3}"),  # 2 3/4, read as (2+3)/4
+    (re.compile(r"(?<![\w.}^_)/])(\d+)/(\d+)(?=\s+(?:\\(?:pi|sqrt)|[a-zA-Z])(?![a-zA-Z]))"), r"\\frac{\1}{\2}"),  # 4/3 pi, read as 4/(3 pi)
     (re.compile(r"(?<![\w.\\^{])(\d+)\s*\((?=\s*-?\d)"), r"\1\\cdot("),  # 3(4), read as 3+4
     (re.compile(r"(?<=\d)(?:(?:\s|~|\\[ ,;:])+|\{,\})(?=\d{3}(?!\d))"), ""),  # 12 345 and 12\,345, added up
     (re.compile(r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?=(?:\.\d+)?$)"), lambda number: number.group().replace(",", "")),  # x=12,345

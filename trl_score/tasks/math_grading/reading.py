@@ -51,7 +51,8 @@ RELATION = (  # to a number, which is not that number
 REFUSED = re.compile(rf"(?<![\\a-zA-Z])(?:{HEDGE}|{RELATION})(?![a-zA-Z])", re.IGNORECASE)
 HARMLESS = re.compile(  # a number may have these words before or after it
     r"(?<![\\a-zA-Z])(?:(?<!or )(?:more|less|fewer)(?=\W*$)|(?<!or )(?:more|fewer|less)(?= [a-z]+\W*$)(?! than)|either(?=.*\bor\b)"
-    r"|(?<=\d)(?:st|nd|rd|th)(?![a-zA-Z]))",
+    r"|(?<=\d)(?:st|nd|rd|th)(?![a-zA-Z])|(?<=[\d}] )\s*(?:more )?(?:times|quarters)(?=\W*$|\s+(?:a|per|each|every)\b)"
+    r"|(?<=[\d}] )\s*(?:double|negative|power)(?=\s+[a-z]+s\W*$))",
     re.IGNORECASE,
 )
 PARTITIVE = re.compile(  # "the cube of 5", "next to 5", "5 of 6"; but "a total of 5"
@@ -81,7 +82,7 @@ NAMED = re.compile(  # a sentence that names one number: "Each of them needs 101
 )
 
 LEFT_SIDE = re.compile(  # names that math-verify does not read
-    r"^(?:\\text\s*\{[^{}\d]+\}|[A-Za-z]{3,}(?: [a-z]+)*|m?\s*\\angle\s*[A-Z]{1,3}|P\s*\([^()=]*\)|\|[A-Z]{2}\|)\s*=\s*(?=[^=]+$)"
+    r"^(?:\\text\s*\{[^{}\d]+\}|[a-zA-Z]\s*\^\s*\{\s*-\s*1\s*\}\s*\([a-z]\)|[A-Za-z]{3,}(?: [a-z]+)*|m?\s*\\angle\s*[A-Z]{1,3}|P\s*\([^()=]*\)|\|[A-Z]{2}\|)\s*=\s*(?=[^=]+$)"
 )
 BASE = re.compile(
     r"(?<=\d)\s*(?:\}\s*)?_\s*\{?\s*(?:\\text\s*\{\s*)?(?:base\s*\}?\s*)?(\w+)\s*\}?\s*\}?\s*$|(?<=\d)\s*\(?\s*(?:in )?base\s+(\w+)\s*\)?$"
@@ -138,7 +139,7 @@ def read(answer: str, parse: bool = True) -> Reading:
 def elements(latex: str) -> list[str]:
     """The elements of a list or set as they are written."""
     found, depth = [""], 0
-    for mark in latex.removeprefix("\\{").removesuffix("\\}"):
+    for mark in re.sub(r"\\[,;]", " ", latex.removeprefix("\\{").removesuffix("\\}")):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(mark, 0)
         if depth == 0 and mark in ",;":
             found.append("")

@@ -7,8 +7,8 @@ An answer is stated in one of these forms. The first row that the attempt has co
 2. a closed box; "the (final) answer is .."; "Answer: .." or "A: .."; ".. is the answer"; GSM8K's "#### .."; <answer>..</answer>;
 3. a last line that is nothing but the answer.
 
-A statement that the attempt itself denies ("it is not \boxed{5}", "\boxed{5} is wrong") is none, nor is one in the reasoning
-before `</think>`.
+A statement that the attempt itself denies ("it is not \boxed{5}", "\boxed{5} is wrong") is none, nor is one of an earlier answer or
+of a part of the answer ("the previous answer was 5", "half of the answer is 5"), nor one in the reasoning before `</think>`.
 """
 
 import re
@@ -34,8 +34,10 @@ IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
 )
 SENTENCE_END = re.compile(r"(?<![ap]\.m)(?<!\bvs)[.!?](?=[*_\"')]*(?:\s|$))", re.IGNORECASE)
 REASON = re.compile(
-    r",?\s*\b(?:because|since|which|hence|therefore)\b.*|, (?:and )?not\b.*", re.IGNORECASE | re.DOTALL
+    r",?\s*\b(?:because|since|which|hence|therefore|instead of|rather than)\b.*|, (?:and )?not\b.*|\s*\(not\b[^)]*\)",
+    re.IGNORECASE | re.DOTALL,
 )
+BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)(?<=\S)\*\*(?![\w(*])")  # no power
 CHECKED = re.compile(
     r"\b(?:verify|check|confirm)(?:ing)? (?:\w+ ){0,2}$", re.IGNORECASE
 )  # "let us check our answer: .."
@@ -79,9 +81,34 @@ DENIED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 DENIED_AFTER = re.compile(
-    rf"[\s$*)\]\\.]*(?:(?:is|was|are|would be|must be|seems|looks) (?:\w+ )?{VERDICT}"
+    rf"[\s$*)\]\\.]*(?:(?:,?\s*(?:which|but (?:that|this|it)|and (?:that|this)) |,\s*)?(?:is|was|are|would be|must be|seems|looks) (?:(?!not\b)\w+ )?{VERDICT}"
+    r"|(?:this|that|it) (?:is|was) (?:(?!not\b)\w+ )?(?:wrong|incorrect|mistaken|a mistake)\b"
     r"|(?:is|was|are|would|can|could|must|should)(?:n['’]t| ?not)(?: \w+)?(?: be)? (?:the\b[\w ]{0,16}\banswer|right|correct|it\b|true|valid|possible)"
     r"|does(?:n['’]t| not) work\b|\((?:wrong|incorrect|(?:not|no)(?=\)| (?:right|correct|the answer)))\b|\?\s*(?:no|wrong)\b)",
+    re.IGNORECASE,
+)
+
+# --- what is said of another answer ---
+
+EARLIER = re.compile(
+    r"\b(?:previous|prior|earlier|original|initial|first|old|former|student['’]?s) +(?:(?:final|boxed|numerical) +)?$",
+    re.IGNORECASE,
+)
+EARLIER_WAS = re.compile(  # "in the solution above the answer was 5"
+    r"\b(?:above|before|previously|earlier|originally|initially|at first|attempt|solution),?\s+(?:the\s+|my\s+|our\s+)?$",
+    re.IGNORECASE,
+)
+EARLIER_BOX = re.compile(EARLIER.pattern[:-1] + r"(?:answer|solution|result|value)\b[^.\n]{0,12}$", re.IGNORECASE)
+AFFIRMED = re.compile(
+    r"\b(?:is|was|remains|stays)\s+(?:(?!not\b)\w+\s+)?(?:correct|right|valid)\b|\bstill (?:holds|stands)\b",
+    re.IGNORECASE,
+)
+PART = re.compile(
+    r"\b(?:of|twice|half|double|triple|in)\s+(?:the|our|my|this)\s+(?:final\s+|correct\s+)?$", re.IGNORECASE
+)
+HYPOTHETICAL = re.compile(  # "it is a mistake to say the answer is 5", "if we had .., the answer would be 5"
+    r"\b(?:mistake|error|trap|tempting|tempted|easy|wrong|incorrect)\b[^.;\n]{0,30}\bto (?:say|think|claim|assume|conclude|believe)\b[^.;\n]{0,30}$"
+    r"|\b(?:if\b[^.\n]{0,80}\bhad|without(?! loss))\b(?:(?!\b(?:so|thus|hence|therefore)\b)[^.\n]){0,80}\bwould\b[^.\n]{0,20}$",
     re.IGNORECASE,
 )
 
@@ -97,7 +124,7 @@ def unwrapped(answer: str) -> str:
     """Without the marks around it: dollars, bold, brackets, a closing full stop."""
     before = None
     while answer != before:
-        before, answer = answer, answer.strip().removeprefix("**").removesuffix("**").strip()
+        before, answer = answer, re.sub(r"^\*\*+|\*\*+$", "", answer.strip()).strip()
         answer = ENDS.sub("", EDGES.sub("", answer)).strip()
         if answer.count("$") % 2:  # one of a pair that was lost
             answer = answer.strip("$")
@@ -125,9 +152,19 @@ def _braced(text: str, start: int) -> str | None:
 
 def _is_denied(text: str, start: int, end: int | None = None) -> bool:
     """Whether the words before the statement, or those after it, say that this is not the answer."""
-    if DENIED_BEFORE.search(text[max(0, start - 100) : start]):
+    before = text[max(0, start - 200) : start]
+    if DENIED_BEFORE.search(before[-100:]) or HYPOTHETICAL.search(before):
         return True
     return end is not None and DENIED_AFTER.match(text[end : end + 60]) is not None
+
+
+def _is_of_another(text: str, label: re.Match, stop: int) -> bool:
+    """Whether the statement is of an earlier answer, and does not say that it was right, or of a part of the answer."""
+    before = text[max(0, label.start() - 60) : label.start()]
+    if PART.search(before) or HYPOTHETICAL.search(text[max(0, label.start() - 200) : label.end()]):
+        return True
+    earlier = EARLIER.search(before) or (label.group().rstrip(" :*_,").endswith("was") and EARLIER_WAS.search(before))
+    return bool(earlier) and not AFFIRMED.search(text[label.end() : stop + 40])
 
 
 def _boxes(text: str) -> Iterator[tuple[int, str]]:
@@ -151,6 +188,10 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
             end = box.end() + len(content or "")
         if content is None or _is_denied(text, box.start(), end):
             continue
+        if EARLIER_BOX.search(text[max(0, box.start() - 60) : box.start()]) and not AFFIRMED.search(
+            text[end : end + 40]
+        ):
+            continue
         if parts and not JOINT.fullmatch(text, end, begin):
             yield whole()
             parts = []
@@ -173,13 +214,19 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
         if not lines:
             continue
         end = None if "####" in label.group() else SENTENCE_END.search(lines[0])
-        sentence = REASON.sub("", lines[0][: end.start()] if end else lines[0])
+        sentence = BOLD.sub(r"\1", lines[0][: end.start()] if end else lines[0])
+        reason = REASON.search(sentence)
+        sentence = REASON.sub("", sentence)
         if display := re.match(r"\s*(?:\\\[|\$\$)\s*([\s\S]{1,400}?)(?:\\\]|\$\$)", rest):
             sentence = display.group(1)
         elif all(len(MATH_MARKS.findall(each)) % 2 for each in (sentence, MONEY_SIGN.sub("", sentence))):
             continue  # cut off in a formula, and no money
         stop = label.end() + rest.index(lines[0]) + (end.start() if end else len(lines[0]))
-        denied = "####" not in label.group() and _is_denied(text, label.start(), stop)
+        denied = "####" not in label.group() and (
+            _is_denied(text, label.start(), stop)
+            or _is_of_another(text, label, stop)
+            or (reason and DENIED_AFTER.match(reason.group()))
+        )
         if (
             BOX.search(sentence)
             or denied
