@@ -102,10 +102,39 @@ def test_instructions_of_the_tasks_give_no_verdict(name):
         "There is an error in the code above.",
         "You made a mistake.",
         "That isn't right.",
+        "That's wrong. Try again.",
+        "There's an error in the solution.",
+        "You've made a mistake.",
+        "Your solution above contains an error.",
+        "There is at least one error above.",
     ],
 )
 def test_an_instruction_with_a_verdict_is_noticed(text):
-    assert check_instruction(text).state == "look"
+    assert check_instruction(text).state == check_instruction("Check again.", text).state == "look"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "If the answer is wrong, correct it.",
+        "Check whether your solution has a mistake.",
+        "There might be an error above.",
+        "If it contains an error, fix it.",
+    ],
+)
+def test_an_instruction_that_leaves_it_open_gives_no_verdict(text):
+    assert check_instruction(text).state == "ok"
+
+
+class Told(Arithmetic):
+    def load(self, split):
+        rows = super().load(split)
+        return rows.add_column("correction_instruction", [None, "again, it is wrong"] * (len(rows) // 2))
+
+
+def test_instructions_of_the_rows_are_looked_at():
+    findings = {finding.name: finding for finding in check(BASE, Told(), **SMALL).findings}
+    assert findings["instruction"].state == "look" and "'is wrong'" in findings["instruction"].text
 
 
 def look(model, task=None, **settings):

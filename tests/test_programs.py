@@ -244,6 +244,8 @@ FORMS = {
         f"````python\n{F}\n````",
         f"[PYTHON]\n{F}\n[/PYTHON]\n[TESTS]\nassert f(1) == 2\n[/TESTS]",
         f"<think>\nfor example: we add.\n</think>\n<answer>\n{block(F)}\n</answer>",
+        f"<think>\n{block(F.replace('+', '-'))}\nNo.\n</think>\n\n{F}",
+        f"<think>\n[BEGIN]\n{F.replace('+', '-')}\n[DONE]\nNo.\n</think>\n\n{block(F)}",
         f"if you want this:\n{F}\nDone",
         f"# Solution\n\nWe add.\n\n{F}\n\n# Explanation\nf(1) returns 2.",
         "Text.\nTABLE = [\n1,\n2,\n]\n\ndef f(x):\n    return x + TABLE[0]\nDone.",
@@ -355,6 +357,12 @@ def test_without_names_the_last_function_counts():
 def test_no_text_raises(text):
     assert isinstance(extract_program(text, ["area"]), str)
     assert isinstance(extract_program(text, ["mean"], CONTEXT), str)
+
+
+def test_the_program_of_the_reasoning_is_none():
+    assert "def" not in extract_program(f"<think>\n{block(F)}\n</think>\n\nI cannot solve this.", ["f"])
+    other = "def g(x):\n    return x"
+    assert extract_program(f"<think>\n{block(F)}\n</think>\n{block(other)}", ["f"]).strip() == other
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,12 @@ CUT_OFF = 0.20  # share of attempts that end at `max_completion_length`: above, 
 ROWS = 8  # rollouts at a time, for the estimate of memory
 SHOWN = ("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i")
 VERDICT = re.compile(
-    r"\b(is|was|are|were) (wrong|incorrect|false|not right|not correct)\b|\b(is|was)n't (right|correct)\b|\bthere (is|was|are|were) (an? |some )?(error|mistake)"
-    r"|\byou (are|were) (wrong|right|correct)\b|\byou (have )?made (an?|some) (error|mistake)",
+    r"(?:\b(?:is|was|are|were)|['’]s) (?:wrong|incorrect|false|not right|not correct)\b|\b(?:is|was)n['’]t (?:right|correct)\b"
+    r"|\b(?:there(?:['’]s| is| was| are| were)|contains|has) (?:an? |some |at least one )?(?:error|mistake)"
+    r"|\byou(?:['’]re| are| were) (?:wrong|right|correct)\b|\byou(?:['’]ve| have)? made (?:an?|some) (?:error|mistake)",
     re.I,
 )
+CONDITION = re.compile(r"\b(?:if|whether|in case)\b[^,.;:]*", re.I)  # "if the answer is wrong" gives no verdict
 GB = 2**30
 
 
@@ -171,7 +173,8 @@ def check(
     if task.num_given_attempts:
         raise ValueError(f"'{task.name}' gives the first attempts: it is for evaluation. Check another task.")
     rows = plan.rows()
-    findings = [check_grader(task, rows), check_instruction(job.correction_instruction)]
+    instructions = plan.instructions(rows) or [job.correction_instruction]
+    findings = [check_grader(task, rows), check_instruction(*dict.fromkeys(instructions))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         sampler = plan.open()[1]()
@@ -235,14 +238,15 @@ def check_grader(task: Task, rows) -> Finding:
     return Finding("grader", "ok", f"{len(known)} right attempts get 1, {len(rows)} empty ones 0")
 
 
-def check_instruction(instruction: str) -> Finding:
-    """The instruction is said after right and wrong attempts alike, so it gives no verdict."""
-    if found := VERDICT.search(instruction):
-        return Finding(
-            "instruction",
-            "look",
-            f"'{found[0]}' is a verdict, and is said after right attempts too: write that there might be an error",
-        )
+def check_instruction(*instructions: str) -> Finding:
+    """The instructions are said after right and wrong attempts alike, so none gives a verdict."""
+    for instruction in instructions:
+        if found := VERDICT.search(CONDITION.sub("", instruction)):
+            return Finding(
+                "instruction",
+                "look",
+                f"'{found[0]}' is a verdict, and is said after right attempts too: write that there might be an error",
+            )
     return Finding("instruction", "ok", "gives no verdict on the attempt")
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 
 MAX_TEXT = 50_000  # characters of an attempt that are looked at, from its end
-TRIPLE = r'("""|\'\'\')(?:\\.|(?!\1)[^\\])*+\1'  # a triple-quoted string that is closed
+TRIPLE = r'("""|\'\'\')(?:\\.|(?!\1)[^\\]){0,3000}+\1'  # a triple-quoted string that is closed
 HIDDEN = re.compile(  # what is no code, whatever it looks like; a triple quote that is never closed is matched alone
-    TRIPLE + r"""|\"{3}|'{3}|"(?:\\.|[^"\\\n])*+"|'(?:\\.|[^'\\\n])*+'|\#[^\n]*|\\\n""", re.DOTALL
+    TRIPLE + r"""|\"{3}|'{3}|"(?:\\.|[^"\\\n]){0,1000}+"|'(?:\\.|[^'\\\n]){0,1000}+'|\#[^\n]*|\\\n""", re.DOTALL
 )
 BRACKET = re.compile(r"^(?:(?:(?:async\s+)?def|class|import|from)\b|@)|[()\[\]{}]", re.MULTILINE)
 INVISIBLE = re.compile(HIDDEN.pattern + "|(?P<odd>[\ufeff\u200b\u2060\xa0\u2002-\u200a\u202f\u3000]+)", re.DOTALL)
@@ -152,8 +152,8 @@ CODE = re.compile(rf"\s*?(?:^[ \t]+\S|^(?:{STARTS.pattern}|{LEAVES.pattern}|>>> 
 
 
 def _plain(text: str) -> str:
-    """The end of a text with Python's line ends, and without spaces in it that Python does not know."""
-    text = re.sub("\r\n?", "\n", text[-MAX_TEXT:])
+    """The end of a text after its reasoning, with Python's line ends, and without spaces in it that Python does not know."""
+    text = re.sub("\r\n?", "\n", text.rsplit("</think>", 1)[-1][-MAX_TEXT:])
     if re.search(r"^[ \t]*> ?(?:`{3}|~{3})", text, re.MULTILINE):  # quoted
         text = re.sub(r"^[ \t]*> ?(?!>)", "", text, flags=re.MULTILINE)
     return INVISIBLE.sub(lambda found: found[0].translate(SPACES | NO_SPACES) if found["odd"] else found[0], text)
