@@ -8,6 +8,7 @@ from processes import python, ranks
 
 from trl_score import cli
 from trl_score.collection import collect, describe, with_first_attempts
+from trl_score.evaluation import evaluate_self_correction
 from trl_score.sampling import Attempt, Sampler, TransformersSampler
 from trl_score.tasks import Arithmetic, Task
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
@@ -110,6 +111,12 @@ def test_stored_first_attempts_are_a_column_of_their_problems(tmp_path):
         with_first_attempts(Arithmetic().load("test").select(range(5)), tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no evaluation"):
         with_first_attempts(rows, tmp_path / "nowhere")
+
+
+def test_an_evaluation_is_no_collection_of_first_attempts(tmp_path):
+    evaluate_self_correction(BASE, "arithmetic", split="train", max_completion_length=8, limit=2, output_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"holds an evaluation, which keeps no tokens. Sample .* `trl-score collect`"):
+        with_first_attempts(Arithmetic().load("train").select(range(2)), tmp_path)
 
 
 def test_attempts_of_an_endpoint_are_stored_as_text(tmp_path):

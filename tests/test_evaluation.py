@@ -93,14 +93,14 @@ def test_an_adapter_is_loaded_on_top_of_its_base(tmp_path, quantized):
 
 
 @pytest.mark.parametrize("settings", [{}, {"self_refine": True}, {"reuse_cache": False}])
-def test_rollouts_that_the_model_cannot_read_are_refused_before_any_is_sampled(tmp_path, settings):
+def test_rollouts_that_can_leave_the_context_are_warned_of_once(settings):
     settings = SETTINGS | settings | {"max_completion_length": 32}
     sampler = TransformersSampler(BASE, reuse_cache=settings.pop("reuse_cache", True))
-    with pytest.raises(
-        ValueError, match=r"The model's context of 64 tokens .* of up to 32 tokens .*Lower `max_completion"
-    ):
-        evaluate_self_correction(sampler, "arithmetic", output_dir=tmp_path, **settings)
-    assert not list(tmp_path.glob("rollouts*"))
+    with pytest.warns(
+        UserWarning, match=r"context of 64 tokens .* Lower `max_completion_length`, .* sampled all"
+    ) as caught:
+        evaluate_self_correction(sampler, "arithmetic", **settings)
+    assert len([each for each in caught if "context" in str(each.message)]) == 1
 
 
 @needs_data
@@ -294,6 +294,8 @@ def test_metric_loads_offline_and_adds_batches(tmp_path):
     assert found["accuracy_t2"] == 0.75 and found["correction_rate"] == 1.0 and found["num_rollouts"] == 4
     with pytest.raises(ValueError, match="same number of attempts"):
         metric.compute(predictions=[[1, 0], [1, 0, 1]])
+    with pytest.raises(ValueError, match="1 rollouts have an attempt that was not graded"):
+        metric.compute(predictions=[[1, 0], [float("nan"), 0]])
 
 
 def test_metric_computes_in_double_precision(tmp_path):

@@ -1,6 +1,7 @@
 """Problems of one's own: a class in a file or a package, a dataset with reward functions, a generator of reasoning-gym."""
 
 import json
+import linecache
 import logging
 
 import pytest
@@ -204,10 +205,61 @@ def test_reward_functions_that_training_takes_grade_an_evaluation(folder, name, 
 
 def test_an_evaluation_gives_the_tokens_of_the_attempts(folder):
     task = DatasetTask("data", reward_funcs=["my_task.py:lengths"])
-    (row,) = evaluate_self_correction(
-        BASE, task, max_completion_length=8, limit=1, correction_instruction="Again."
-    ).rollouts
+    (row,) = evaluate_self_correction(BASE, task, max_completion_length=8, limit=1).rollouts
     assert row["rewards"] == row["num_tokens"] and "token_ids" not in row
+
+
+def test_grades_of_another_grader_are_not_reused(folder):
+    def evaluated(name):
+        settings = {
+            "limit": 4,
+            "max_completion_length": 8,
+            "output_dir": folder / "out",
+            "correction_instruction": "Again.",
+        }
+        return evaluate_self_correction(BASE, DatasetTask("data", reward_funcs=[f"my_task.py:{name}"]), **settings)
+
+    before = evaluated("second_attempts").rollouts
+    assert evaluated("second_attempts").rollouts == before
+    with pytest.raises(ValueError, match=r"another evaluation: grader 'second_attempts .*' instead of 'same .*'"):
+        evaluated("same")
+    file = folder / "my_task.py"
+    file.write_text(file.read_text() + "# mended\n")
+    linecache.clearcache()
+    with pytest.raises(ValueError, match="another evaluation: grader 'second_attempts"):
+        evaluated("second_attempts")
+    settings = json.loads((folder / "out" / "settings.json").read_text())
+    del settings["grader"]  # a folder of an earlier version
+    (folder / "out" / "settings.json").write_text(json.dumps(settings))
+    assert evaluated("second_attempts").rollouts == before
+
+
+@pytest.mark.parametrize("command_line", ["evaluate", "scale", "tasks"])
+def test_no_problems_are_an_error_in_one_line(folder, command, command_line):
+    (folder / "none.py").write_text(
+        "from trl_score.tasks import Arithmetic\n"
+        "class Empty(Arithmetic):\n    name = 'empty'\n    def load(self, split): return super().load(split).select([])\n"
+    )
+    sampled = ["--model", BASE, "--output_dir", "out", "--task"] if command_line != "tasks" else []
+    code, _, err = command(command_line, *sampled, "none.py:Empty")
+    assert code == 1 and "of 'empty' has no problems" in err and "Traceback" not in err
+    assert not (folder / "out").exists()
+
+
+def test_an_empty_file_is_no_dataset(folder, command):
+    (folder / "empty.jsonl").write_text("")
+    code, _, err = command(
+        "evaluate", "--model", BASE, "--dataset_name", "empty.jsonl", "--split", "train", "--output_dir", "out"
+    )
+    assert code == 1 and "The dataset 'empty.jsonl' cannot be loaded: " in err and "Traceback" not in err
+
+
+def test_levels_and_subjects_that_are_lists_are_texts(folder):
+    rows = Dataset.from_dict(
+        {"prompt": ["?"] * 2, "solution": ["1", "2"], "level": [[1], [2]], "subject": [["a"], ["b"]]}
+    )
+    graded = list(grade(DatasetTask("data", reward_funcs=["my_task.py:same"]), rows, [["1", "1"], ["1", "2"]]))
+    assert [(row["level"], row["subject"]) for row in graded] == [("[1]", "['a']"), ("[2]", "['b']")]
 
 
 def test_an_error_of_a_reward_function_is_said_in_one_line(folder):

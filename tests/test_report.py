@@ -261,6 +261,19 @@ def test_evaluations_of_one_model_are_told_apart_by_what_differs(tmp_path):
     assert re.search(r"Correction instruction B\s+Try again\.", text)
 
 
+def test_the_best_checkpoints_of_a_run_have_its_name(tmp_path):
+    """A legend leaves out a name that begins with an underscore."""
+    save_evaluation(tmp_path / "a", "out/run/_best-stage2", [[False, True]])
+    assert list(find([tmp_path]).evaluations) == ["run/_best-stage2"]
+
+
+def test_an_evaluation_beside_a_scaling_study_is_shown(tmp_path):
+    (tmp_path / "scaling.json").write_text(json.dumps({"settings": {"model": "me/base"}, "budgets": []}))
+    for name in ("greedy", "corrected", "parallel"):
+        save_evaluation(tmp_path / name, f"me/{name}", [[False, True]])
+    assert list(find([tmp_path]).evaluations) == list(find([tmp_path / "greedy"]).evaluations) == ["greedy"]
+
+
 def test_an_evaluation_in_a_folder_named_like_a_checkpoint_is_shown(tmp_path):
     save_evaluation(tmp_path / "checkpoint-10", "me/base", [[False, True]])
     assert list(find([tmp_path]).evaluations) == ["base"]
@@ -491,6 +504,19 @@ def test_no_style_or_tag_of_a_formula_comes_through():
     text = json.dumps(tree)
     assert "position" not in text.replace("\\\\style{position:fixed}", "") and '"mathcolor"' not in text
     assert '["mtext", {}, "<script>alert(1)</script>"]' in text and '"script"' not in text
+
+
+def test_a_problem_with_its_own_instruction_is_shown_with_it(tmp_path):
+    save_evaluation(
+        tmp_path, "me/base", [[False, True]] * 2, correction_instruction="?", correction_instructions="by row"
+    )
+    (file,) = tmp_path.glob("rollouts*.jsonl")
+    rows = [json.loads(line) | {"correction_instruction": f"again {i}"} for i, line in enumerate(file.open())]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = find([tmp_path])
+    (evaluation,) = browser_data(found, 10)["evaluations"]
+    assert [row["instruction"] for row in evaluation["rows"]] == ["again 0", "again 1"]
+    assert evaluation["instruction"] == "Each problem has its own, in its column `correction_instruction`."
 
 
 def test_browser_shows_the_problem_of_a_repair_and_not_its_instruction():

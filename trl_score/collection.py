@@ -100,6 +100,10 @@ def with_first_attempts(
         `ValueError`: If the collection is of other problems or of another tokenizer, or lacks some of the problems.
     """
     settings, rollouts = load_rollouts(folder)
+    if not settings.get("token_ids"):
+        raise ValueError(
+            f"'{folder}' holds an evaluation, which keeps no tokens. Sample first attempts with `trl-score collect`."
+        )
     if tokenizer is not None:
         _check_tokenizer(folder, settings, rollouts, tokenizer)
     attempts = [[] for _ in dataset]

@@ -30,6 +30,10 @@ def context_limit(config: PretrainedConfig, args: SCoReConfig | None = None) -> 
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+class ContextTooShort(ValueError):
+    """Rollouts can become longer than the model's context."""
+
+
 @dataclass(frozen=True)
 class _Rollout:
     """The longest that a rollout can become, in tokens: its prompt, its first attempt, the attempts after it and all bridges."""
@@ -203,7 +207,7 @@ class ContextCheck:
             attempts = (
                 f"a stored first attempt of up to {rollout.first} tokens, {num_attempts - 1} more of up to {length}"
             )
-        raise ValueError(
+        raise ContextTooShort(
             f"The model's context of {self.limit} tokens is too short: a prompt of {rollout.prompt} tokens ({rollout.where}), "
             f"{attempts} and {rollout.bridges} tokens of correction instructions need {needed}.{more} Lower "
             "`max_completion_length`, shorten the correction instruction, or drop the longest rows."

@@ -7,7 +7,10 @@ seconds where sampling takes minutes. Sizes and dates would miss a model that wa
 
 import functools
 import hashlib
+import inspect
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +42,23 @@ def fingerprint(*parts) -> str:
 def of_rows(rows: Dataset) -> list[str]:
     """A fingerprint of each problem, with all its columns."""
     return [fingerprint(row) for row in rows]
+
+
+def of_grader(grader: Callable) -> str:
+    """
+    The name of a class or function that grades. One that is not ours or TRL's is told from others by its source file too; in a script
+    or notebook, by its own source.
+    """
+    grader = inspect.unwrap(grader)
+    grader = grader if hasattr(grader, "__qualname__") else type(grader)
+    name = grader.__qualname__
+    if grader.__module__.split(".")[0] in ("trl_score", "trl"):
+        return name
+    try:
+        whole = sys.modules[grader.__module__] if grader.__module__ != "__main__" else grader
+        return f"{name} {fingerprint(inspect.getsource(whole))}"
+    except (OSError, TypeError, KeyError):  # its source is nowhere
+        return name
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -52,6 +52,7 @@ class Job(RolloutArguments):
     extra_body: dict = field(default_factory=dict)
     num_problems: int = 0
     data: str = ""
+    grader: str = ""
 
     def __post_init__(self):
         if self.num_attempts < 1 or self.num_samples < 1 or self.batch_size < 1 or self.max_completion_length < 1:
@@ -160,6 +161,8 @@ class Plan:
     def rows(self) -> Dataset:
         """The problems. A prompt of offline repair ends with the first turn."""
         rows, job = self.task.load(self.job.split), self.job
+        if len(rows) == 0:
+            raise ValueError(f"The split '{job.split}' of '{self.task.name}' has no problems. Take another split.")
         rows = first(rows.shuffle(seed=job.seed) if self.shuffled else rows, self.limit)
         if job.num_given_attempts:
             asked = self.instructions(rows) or [job.turns[0]] * len(rows)
@@ -208,7 +211,8 @@ def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
     identity, make_sampler = plan.open()
     rows = plan.rows()
     problems = fingerprints.of_rows(rows)
-    job = replace(plan.job, **identity, num_problems=len(rows), data=fingerprints.fingerprint(problems))
+    found = {"num_problems": len(rows), "data": fingerprints.fingerprint(problems), "grader": task.grader}
+    job = replace(plan.job, **identity, **found)
     by_problem = plan.instructions(rows)
     # Not in older folders, whose rollouts were sampled without the column.
     by_row = {} if by_problem is None else {"correction_instructions": "by row"}
@@ -227,6 +231,8 @@ def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
             # Sampled with the whole batch, so that an interrupted run ends with the rollouts of an uninterrupted one.
             turns = job.turns if by_problem is None else [[by_problem[index] for index, _ in batch]]
             rollouts = _sample_batch(job, sampler, batch, [prompts[index] for index, _ in batch], turns)
+            if by_problem is not None:
+                rollouts = [row | {"correction_instruction": by_problem[row["index"]]} for row in rollouts]
             rows_of_batch = rows.select([batch[i][0] for i in missing])
             rollouts = [rollouts[i] for i in missing]
             texts, token_ids = ([rollout[name] for rollout in rollouts] for name in ("attempts", "token_ids"))
@@ -313,5 +319,10 @@ def grade(
             "answers": answers[i],
             "edit_distance_ratio": [edit_distance_ratio(one, other) for one, other in pairwise(attempts)],
             "changed_answer": not same[first, last] if first and last else first != last,
-            **{name: other[i][name] for name in ("level", "subject") if other[i].get(name) is not None},
+            **{name: _plain(other[i][name]) for name in ("level", "subject") if other[i].get(name) is not None},
         }
+
+
+def _plain(value) -> str | int | float:
+    """A level or subject that rollouts are grouped by."""
+    return value if isinstance(value, str | int | float) else str(value)

@@ -114,7 +114,8 @@ class Store:
             self._refuse(
                 "results of an earlier version of trl-score, which did not record the weights, the decoding and the problems"
             )
-        changes = differences(before, self.settings, MAY_CHANGE)
+        # Folders of earlier versions do not say what graded.
+        changes = differences(before, self.settings, MAY_CHANGE | ({"grader"} - before.keys()))
         if changes:
             self._refuse(f"another evaluation: {changes}")
         rollouts = [row for row in read_rollouts(self.folder, repair=True) if row["index"] < len(self.problems)]

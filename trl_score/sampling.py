@@ -2,6 +2,7 @@
 
 import os
 import platform
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,7 +21,7 @@ from transformers import (
 
 from . import fingerprints
 from .checks import warn_of_emulated_bfloat16
-from .context import ContextCheck, context_limit
+from .context import ContextCheck, ContextTooShort, context_limit
 from .decoding import (
     Decoding,
     end_token_ids,
@@ -50,13 +51,14 @@ class TokenSampler(Sampler):
         chat_template_kwargs (`dict`):
             Further arguments of the chat template.
         context_limit (`int`, *optional*):
-            Tokens that the model can read: rollouts that can become longer are refused. `None`: not known here.
+            Tokens that the model can read: of rollouts that can become longer there is a warning. `None`: not known here.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: set[int]
     chat_template_kwargs: dict
     context_limit: int | None = None
+    _warned_of_context = False
 
     def _set_tokenizer(
         self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict, generation: GenerationConfig | None
@@ -126,8 +128,13 @@ class TokenSampler(Sampler):
         def turns(attempt: int) -> list[str]:
             return for_each_prompt(instructions[attempt - 1], len(prompts))
 
-        context = ContextCheck(self.context_limit, decoding.max_completion_length, bridge)
-        context.check_batch(prompts, prompt_ids, turns, number, [None] * len(prompts))
+        if not self._warned_of_context:  # the longest prompts come first
+            try:
+                context = ContextCheck(self.context_limit, decoding.max_completion_length, bridge)
+                context.check_batch(prompts, prompt_ids, turns, number, [None] * len(prompts))
+            except ContextTooShort as error:
+                self._warned_of_context = True
+                warnings.warn(f"{error} What stands beyond the context is sampled all the same.", stacklevel=2)
         rollouts = self.roll_out(prompt_ids, bridge.by_row(prompts, turns), number, decoding, seed + 1 + given)
         texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(number)]
         return [

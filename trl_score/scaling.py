@@ -18,6 +18,7 @@ from .tasks import Task
 
 
 SCALING = "scaling.json"
+ARMS = ("corrected", "parallel")  # folders of its rollouts
 
 
 def majority(clusters: list[int | None]) -> int | None:

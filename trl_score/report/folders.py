@@ -10,7 +10,7 @@ from ..evaluation import Evaluation, load_evaluation
 from ..model_card import RUN
 from ..records import SETTINGS
 from ..resuming import checkpoints, is_whole
-from ..scaling import SCALING
+from ..scaling import ARMS, SCALING
 
 
 STATE = "trainer_state.json"
@@ -154,7 +154,7 @@ def read_run(folder: Path) -> Run | None:
 def is_evaluation(folder: Path) -> bool:
     """Not the rollouts of a scaling study, nor a collection."""
     file = folder / SETTINGS
-    if not file.exists() or (folder.parent / SCALING).exists():
+    if not file.exists() or (folder.name in ARMS and (folder.parent / SCALING).exists()):
         return False
     return not json.loads(file.read_text("utf-8")).get("token_ids")
 
@@ -162,6 +162,8 @@ def is_evaluation(folder: Path) -> bool:
 def instruction(evaluation: Evaluation) -> str:
     """What the user says between the attempts; in Self-Refine, the two turns."""
     settings = evaluation.settings
+    if settings.get("correction_instructions"):
+        return "Each problem has its own, in its column `correction_instruction`."
     if settings.get("self_refine"):
         turns = settings.get("feedback_instruction"), settings.get("refine_instruction")
         return "\n\n".join(filter(None, turns))
@@ -171,7 +173,7 @@ def instruction(evaluation: Evaluation) -> str:
 def _model(settings: dict) -> str:
     """The last part of the model's name; of a checkpoint, with its run."""
     path = Path(settings["model"])
-    return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
+    return f"{path.parent.name}/{path.name}" if path.name.startswith(("checkpoint-", "_best-")) else path.name
 
 
 def _names(found: Found, evaluations: list[tuple[Path, Evaluation]]) -> list[str]:

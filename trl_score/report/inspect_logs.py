@@ -144,6 +144,7 @@ def dialogue(row: dict, settings: dict) -> list:
                 messages.append(ChatMessageAssistant(content=row["feedback"][k - 1 - given]))
                 messages.append(ChatMessageUser(content=settings["refine_instruction"]))
             else:
-                messages.append(ChatMessageUser(content=settings["correction_instruction"]))
+                said = row.get("correction_instruction") or settings["correction_instruction"]
+                messages.append(ChatMessageUser(content=said))
         messages.append(ChatMessageAssistant(content=attempt))
     return messages

@@ -45,6 +45,7 @@ def browser_data(found: Found, limit: int) -> dict:
                     "problem": problems.setdefault(key, len(problems)),
                     "attempts": row["attempts"],
                     "feedback": row.get("feedback", []),
+                    "instruction": row.get("correction_instruction", ""),
                     "correct": row["correct"],
                     "transition": transition(row),
                     "level": str(row["level"]) if row.get("level") is not None else "",

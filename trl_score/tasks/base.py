@@ -69,6 +69,13 @@ class Task(ABC):
                 The other dataset columns, one list each.
         """
 
+    @property
+    def grader(self) -> str:
+        """What tells this grader from others: stored grades are not reused by another one. By default, `reward` and its source file."""
+        from ..fingerprints import of_grader  # here, so that a list of tasks does without torch
+
+        return of_grader(type(self).reward)
+
     def answer(self, text: str, **row) -> str | None:
         """
         The answer an attempt gives, for counting changed answers and votes; `None` if it gives none. By default, the whole
@@ -93,6 +100,11 @@ class Task(ABC):
     def same_answers(self, first: list[str], second: list[str]) -> list[bool]:
         """Whether answers (of [`Task.answer`]) mean the same, pair by pair. By default, whether they are equal."""
         return [one == other for one, other in zip(first, second, strict=True)]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def text_of(completion: str | list[dict]) -> str:

@@ -52,6 +52,8 @@ def describe(name: str, data_dir: str | None = None, split: str | None = None) -
             if split or (each == "test" and not loaded):
                 raise
     chosen, rows = list(loaded.items())[-1]
+    if len(rows) == 0:
+        raise ValueError(f"The split '{chosen}' of '{task.name}' has no problems.")
     prompt = rows[0]["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "text", "content": prompt}]

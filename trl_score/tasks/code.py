@@ -194,6 +194,11 @@ class CodeTask(Task):
     def source(self, name: str) -> Dataset:
         return sources.from_hub(name) if self.data_dir is None else sources.from_folder(name, self.data_dir)
 
+    @property
+    def grader(self) -> str:
+        """See [`Task.grader`]."""
+        return super().grader + ", fractional" * self.fractional_reward
+
     def reward(
         self,
         completions: list,

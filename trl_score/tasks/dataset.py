@@ -9,7 +9,7 @@ from functools import cache, cached_property, wraps
 from datasets import Dataset, DatasetDict, load_dataset
 
 from ..worker_pool import CAN_SEND_DESCRIPTORS
-from .base import Task
+from .base import Task, first_line
 from .math import CORRECTION_INSTRUCTION, MathTask
 
 
@@ -101,7 +101,7 @@ class DatasetTask(Task):
                 else:
                     self._rows = load_dataset(self.name, name=self.config)
             except Exception as error:  # of whatever kind: what failed is said in one line
-                raise OSError(f"The dataset '{self.name}' cannot be loaded: {str(error).splitlines()[0]}") from error
+                raise OSError(f"The dataset '{self.name}' cannot be loaded: {first_line(error)}") from error
         return self._rows
 
     def reward(self, completions: list, **kwargs) -> list[float | None]:
@@ -125,6 +125,13 @@ class DatasetTask(Task):
         call = graded(func, getattr(func, "__name__", type(func).__name__), kwargs.pop("attempt", 1))
         rewards = call(completions=completions, **kwargs)
         return _result(rewards) if asyncio.iscoroutine(rewards) else rewards
+
+    @property
+    def grader(self) -> str:
+        """The first reward function, which grades; see [`Task.grader`]."""
+        from ..fingerprints import of_grader  # here, so that a list of tasks does without torch
+
+        return of_grader(self.reward_funcs[0])
 
     def answer(self, text: str, **row) -> str | None:
         """The final answer, for a reward that reads mathematics, and otherwise the whole text; see [`Task.answer`]."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
+from .base import first_line
+
 
 @dataclass(frozen=True)
 class Source:
@@ -78,7 +80,7 @@ def from_hub(name: str) -> Dataset:
         except Exception as error:  # of whatever kind: no network, no such repository, no such split
             raise OSError(
                 f"The rows of '{name}' ({source.repository} at {source.revision[:7]}, split '{split}') cannot be loaded from "
-                f"the Hub: {str(error).splitlines()[0]} Set `data_dir` to a folder with {FILES.get(name, 'the files')} "
+                f"the Hub: {first_line(error)} Set `data_dir` to a folder with {FILES.get(name, 'the files')} "
                 "to read them from there."
             ) from error
         if "split" not in part.column_names:

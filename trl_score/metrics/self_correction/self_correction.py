@@ -46,6 +46,10 @@ class SelfCorrection(evaluate.Metric):
         if len(lengths) != 1 or min(lengths) < 2:
             raise ValueError(f"Every rollout needs the same number of attempts, two or more; got {sorted(lengths)}.")
         correct = torch.tensor(predictions, dtype=torch.float64)
+        if ungraded := correct.isnan().any(dim=1).sum().item():
+            raise ValueError(
+                f"{ungraded} rollouts have an attempt that was not graded (NaN). Leave these rollouts out."
+            )
         values = {name: value.mean().item() for name, value in self_correction_values(correct).items()}
         wrong = 1 - values["accuracy_t1"]
         return {

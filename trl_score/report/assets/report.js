@@ -98,6 +98,7 @@ function attempts(row) {
     write(pre, marked[k]);
     part.append(head, pre);
     box.append(part);
+    if (row.instruction && k < row.attempts.length - 1) box.append(make("p", row.instruction, "said"));
     if (k < row.feedback.length) {
       const feedback = make("div", undefined, "attempt"), said = make("pre");
       put(said, row.feedback[k]);
