@@ -517,6 +517,74 @@ def test_a_changed_argument_reaches_the_tests_only_where_asked(any_sandbox):
     assert verdict(any_sandbox, program, tests, mutable_arguments=True).passed
 
 
+COLLECTIONS = "from collections import Counter, OrderedDict, defaultdict, deque\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "passed"),
+    [
+        ("def f(s): return Counter(s)", "assert f('aab').most_common(1) == [('a', 2)] and f('a')['z'] == 0", True),
+        (
+            "def f(s): return Counter(s)",
+            "assert f('ab') - Counter('a') == {'b': 1} and isinstance(f('a'), Counter)",
+            True,
+        ),
+        ("def f(c): return c.most_common(1)", "assert f(Counter('aab')) == [('a', 2)]", True),
+        ("def f(d): return d['z']", "assert f(defaultdict(int)) == 0 and f(defaultdict(list, z=[1])) == [1]", True),
+        ("def f(): return defaultdict(int)", "assert f()['z'] == 0", True),
+        (
+            "def f(): return deque([1, 2], maxlen=2)",
+            "d = f()\nd.append(3)\nassert d == deque([2, 3]) and d.maxlen == 2",
+            True,
+        ),
+        ("def f(): return OrderedDict(b=2, a=1)", "assert f() == OrderedDict(a=1, b=2)", False),
+        (
+            "def f(): return OrderedDict(b=2, a=1)",
+            "d = f()\nd.move_to_end('b')\nassert d.popitem(last=False) == ('a', 1)",
+            True,
+        ),
+    ],
+)
+def test_collections_of_the_library_keep_their_class(any_sandbox, program, tests, passed):
+    assert verdict(any_sandbox, COLLECTIONS + program, COLLECTIONS + tests).passed == passed
+
+
+def test_a_changed_deque_reaches_the_tests_where_asked(any_sandbox):
+    program, tests = "def f(d): d.append(2)", COLLECTIONS + "d = deque([1])\nf(d)\nassert d == deque([1, 2])"
+    assert verdict(any_sandbox, program, tests).unsupported
+    assert verdict(any_sandbox, program, tests, mutable_arguments=True).passed
+
+
+NODE = "class Node:\n    def __init__(self, value):\n        self.value = value\n        self.children = []\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        (
+            NODE + "def total(node): return node.value + sum(map(total, node.children))",
+            "root = Node(1)\nroot.children.append(Node(2))\nroot.children[0].children.append(Node(3))\n"
+            "root.children.append(Node(4))\nassert total(root) == 10 and len(root.children) == 2",
+        ),
+        (
+            "class Graph:\n    def __init__(self): self.edges = {}\n    def size(self): return sum(map(len, self.edges.values()))",
+            "g = Graph()\ng.edges['a'] = ['b']\nassert g.size() == 1\ng.edges['a'].append('c')\nassert g.size() == 2",
+        ),
+        (
+            "def add(node, child): node.children.append(child)",
+            NODE + "root, leaf = Node(1), Node(2)\nadd(root, leaf)\nassert root.children == [leaf]",
+        ),
+        (
+            "class Board:\n    def __init__(self): self.rows = [[0] * 2 for _ in range(2)]\n    def play(self, i): self.rows[i][i] = 1",
+            "b = Board()\nb.play(0)\nrows = b.rows\nrows[1][0] = 5\nb.play(1)\nassert b.rows == [[1, 0], [5, 1]]",
+        ),
+    ],
+)
+def test_lists_of_an_object_change_where_the_object_is(any_sandbox, program, tests):
+    found = verdict(any_sandbox, program, tests)
+    assert found.passed, found
+
+
 # --- consent, errors, housekeeping ---
 
 

@@ -225,6 +225,8 @@ class Peer:
         self.shows_arguments = False
         self.lost = self.unsupported = self.doubts = ""
         self.exits: list[SystemExit] = []  # that came from the other side
+        # Lists and dictionaries that were read from attributes of the other side's objects, the last ones, as they were then.
+        self.read: collections.deque[list] = collections.deque(maxlen=8)
         self.asked = 0
         self.printed: Printed | None = None
 
@@ -270,13 +272,20 @@ class Peer:
         elif issubclass(kind, remote.VALUES):
             return self.pack_base(value, next(base for base in remote.VALUES if issubclass(kind, base)), depth)
         elif issubclass(kind, dict):
-            return {"dict": [[self.pack(key, depth), self.pack(item, depth)] for key, item in dict.items(value)]}
+            items = [[self.pack(key, depth), self.pack(item, depth)] for key, item in dict.items(value)]
+            if kind in (collections.Counter, collections.OrderedDict):
+                return {kind.__name__: items}
+            if kind is collections.defaultdict:
+                factory = NAME_OF_BUILTIN.get(id(value.default_factory))
+                if factory or value.default_factory is None:
+                    return {"defaultdict": [factory, items]}
+            return {"dict": items}
         elif issubclass(kind, list):
             return [self.pack(item, depth) for item in list.__iter__(value)]
         elif issubclass(kind, set):
             return {"set": [self.pack(item, depth) for item in set.__iter__(value)]}
         elif issubclass(kind, collections.deque):
-            return {"deque": [self.pack(item, depth) for item in collections.deque.__iter__(value)]}
+            return {"deque": [[self.pack(item, depth) for item in collections.deque.__iter__(value)], value.maxlen]}
         elif issubclass(kind, bytearray):
             return {"bytearray": base64.b64encode(value).decode()}
         elif kind in (range, slice):
@@ -392,12 +401,19 @@ class Peer:
                 return tuple([self.unpack(item) for item in content])
             case "dict":
                 return {self.unpack(key): self.unpack(item) for key, item in content}
+            case "Counter" | "OrderedDict":
+                return getattr(collections, kind)({self.unpack(key): self.unpack(item) for key, item in content})
+            case "defaultdict":
+                factory, items = content
+                found = {self.unpack(key): self.unpack(item) for key, item in items}
+                return collections.defaultdict(factory and BUILTINS[factory], found)
             case "set":  # merged at once, as a display is: some programs wrongly count on the order that results
                 return set(frozenset([self.unpack(item) for item in content]))
             case "frozenset":
                 return frozenset([self.unpack(item) for item in content])
             case "deque":
-                return collections.deque([self.unpack(item) for item in content])
+                items, size = content
+                return collections.deque([self.unpack(item) for item in items], size)
             case "bytes" | "bytearray":
                 return BUILTINS[kind](base64.b64decode(content))
             case "complex" | "range" | "slice":
@@ -532,7 +548,20 @@ class Peer:
             `Lost`: If there is no other side any more, or it does not keep to the protocol.
             `Exception`: What the operation raised there, as its nearest builtin class.
         """
-        return self.answer_of({"do": operation, "with": self.pack(arguments), "named": self.pack(named)})
+        self.write_back()
+        value = self.answer_of({"do": operation, "with": self.pack(arguments), "named": self.pack(named)})
+        if operation == "getattr" and type(value) in remote.CONTAINERS:
+            self.read.append([*arguments, value, list(_flat(value))])
+        return value
+
+    def write_back(self) -> None:
+        """What was read from an attribute and changed here is changed there too: `node.children.append(child)`."""
+        for entry in list(self.read):
+            target, name, value, before = entry
+            now = list(_flat(value))
+            if len(now) != len(before) or not all(map(operator.is_, now, before)):
+                entry[-1] = now
+                self.answer_of({"do": "setattr", "with": self.pack((target, name, value)), "named": self.pack({})})
 
     def answer_of(self, request: dict):
         with self.lock:
@@ -616,6 +645,7 @@ class Peer:
                     and self.changed(message, arguments, named)
                 ):
                     answer["changed"] = True
+            self.write_back()
             self.send({"is": self.pack(value), **answer})
         except (Lost, Unsupported):
             raise
@@ -626,7 +656,7 @@ class Peer:
 
     def changed(self, message: dict, arguments: tuple, named: dict) -> bool:
         """Whether a call that returned nothing changed what it was given."""
-        if not any(isinstance(each, list | dict | set | bytearray) for each in (*arguments, *named.values())):
+        if not any(isinstance(each, remote.CONTAINERS) for each in (*arguments, *named.values())):
             return False
         with contextlib.suppress(Exception):
             before = [message["with"]["tuple"][1:], message["named"]]  # without the function itself
@@ -647,6 +677,18 @@ class Peer:
             text = str(error)[:MAX_TEXT]
         names = [base.__name__ for base in type(error).__mro__ if id(base) in NAME_OF_BUILTIN]
         return {"raise": {"error": [names[0], {"tuple": [text]}]}}
+
+
+def _flat(value, depth: int = 0):
+    """The objects in a value of lists and dictionaries, one after the other."""
+    yield value
+    if type(value) in remote.CONTAINERS and depth < 20:
+        for item in value.items() if type(value) is dict else value:
+            if type(value) is dict:
+                yield item[0]
+                item = item[1]
+            yield from _flat(item, depth + 1)
+        yield _flat
 
 
 def _is_reference(tree) -> bool:
@@ -675,3 +717,6 @@ def _put_back(original, changed) -> None:
     elif isinstance(original, dict | set):
         original.clear()
         original.update(changed)
+    elif isinstance(original, collections.deque):
+        original.clear()
+        original.extend(changed)
