@@ -246,6 +246,13 @@ def test_no_problems_are_an_error_in_one_line(folder, command, command_line):
     assert not (folder / "out").exists()
 
 
+def test_a_dataset_without_answers_is_refused_before_the_first_reward(folder):
+    (folder / "d.jsonl").write_text(json.dumps({"problem": "?", "reply": "1"}))
+    with pytest.raises(ValueError, match="has no column `solution` or `answer` for `accuracy_reward`"):
+        DatasetTask("d.jsonl").load("train")
+    assert len(DatasetTask("d.jsonl", reward_funcs=["my_task.py:second_attempts"]).load("train")) == 1
+
+
 def test_an_empty_file_is_no_dataset(folder, command):
     (folder / "empty.jsonl").write_text("")
     code, _, err = command(

@@ -526,4 +526,7 @@ def test_gold_answers_of_a_users_own_that_cannot_be_parsed_stop_the_load():
     mine = Mine()
     with pytest.raises(ValueError, match=r"1 gold answers of 'mine' cannot be parsed, such as \[' '\]"):
         mine.load("train")
+    mine.rows = lambda split: Dataset.from_dict({"problem": ["2 + 3?"], "answer": [5]})
+    rows = mine.load("train")  # a number is as good as a text
+    assert mine.reward(["The answer is 5."], answer=rows["answer"]) == [1.0]
     mine.close()

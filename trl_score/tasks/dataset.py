@@ -87,6 +87,11 @@ class DatasetTask(Task):
             rows = rows.rename_column("answer", "solution")
             if self.reads_mathematics:
                 rows = rows.map(lambda row: {"solution": _mathematics(row["solution"])})
+        if self.reads_mathematics and "solution" not in rows.column_names:
+            raise ValueError(
+                f"The dataset '{self.name}' has no column `solution` or `answer` for `accuracy_reward` to compare with, only "
+                f"{sorted(rows.column_names)}. Rename the column that holds the answers, or give `reward_funcs` that do without."
+            )
         return rows
 
     def has(self, split: str) -> bool:

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from ..worker_pool import WorkerPool
 from . import math_grading, sources
@@ -88,6 +88,8 @@ class MathTask(Task):
         if split not in ("train", "test"):
             raise ValueError(f"Unknown split {split!r} of '{self.name}'. Expected one of: ['test', 'train'].")
         rows = self.rows(split)
+        if rows.features["answer"].dtype != "string":  # numbers
+            rows = rows.cast_column("answer", Value("string"))
         unreadable = self.unreadable_golds(rows["answer"])
         if unreadable:
             raise ValueError(
