@@ -56,7 +56,7 @@ def test_embedded_run_evaluates_trains_and_saves(tmp_path):
     assert numbers["table"]["Δ(t1,t2)"][0] < -5
     card = (tmp_path / "README.md").read_text()
     assert re.search(
-        r"^\| 0 \| 86\.1 \[8[34]\.\d, 88\.\d\] \| 67\.9 \[6\d\.\d, 7\d\.\d\] \| -18\.2 \[-2\d\.\d, -1\d\.\d\] \|",
+        r"^\| 0 \| 1000 \| 86\.1 \[8[34]\.\d, 88\.\d\] \| 67\.9 \[6\d\.\d, 7\d\.\d\] \| -18\.2 \[-2\d\.\d, -1\d\.\d\] \|",
         card,
         re.M,
     )

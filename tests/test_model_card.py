@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig, TrlParser
 
 from trl_score import SCoReConfig, evaluate_self_correction
-from trl_score.model_card import RUN, card_of_base, datasets_of, measured
+from trl_score.model_card import RUN, card_of_base, datasets_of, evaluations_of, measured, tables
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 from trl_score.training import TrainArguments
@@ -51,11 +51,33 @@ def test_intervals_are_those_of_the_evaluation():
     assert measured(log, "eval", 2, None)["accuracy_t1"] == {"value": log["eval_accuracy_t1"]}
 
 
+def evaluation(step=0, **more):
+    """The log of an evaluation by the trainer."""
+    metrics = {"accuracy_t1": 0.5, "accuracy_t2": 0.75, "delta_t1_t2": 0.25, "delta_i_to_c": 0.25, "delta_c_to_i": 0.0}
+    return {"step": step} | {f"eval_{name}": value for name, value in (metrics | more).items()}
+
+
+def table_of(*history):
+    """The rows of the card's table, without its head."""
+    config = SimpleNamespace(num_attempts_eval=2, num_generations_eval=1)
+    trainer = SimpleNamespace(args=config, eval_dataset=None, state=SimpleNamespace(log_history=history))
+    return tables(evaluations_of(trainer)).splitlines()[2:]
+
+
+def test_each_evaluation_has_the_interval_of_its_own_problems():
+    """Except one of an older version, which does not say how many. One with another number of attempts is not shown."""
+    logs = evaluation(), evaluation(1, num_problems=8), evaluation(2, num_problems=800), evaluation(3, accuracy_t3=1.0)
+    unknown, few, many = table_of(*logs)
+    assert unknown == "| 0 |  | 50.0 | 75.0 | 25.0 | 25.0 | 0.0 |"
+    assert few.startswith("| 1 | 8 | 50.0 [12.5, 87.5] | ") and many.startswith("| 2 | 800 | 50.0 [46.5, 53.5] | ")
+
+
 def test_card_has_the_table_the_settings_and_the_figure(trained):
     folder = Path(trained.args.output_dir)
     text = (folder / "README.md").read_text()
-    assert re.search(r"^\| 0 \| \d+\.\d \[\d+\.\d, \d+\.\d\] \|", text, re.M) and re.search(r"^\| 3 \| ", text, re.M)
-    assert "50 problems of the task `arithmetic`" in text and "greedy decoding" in text
+    assert re.search(r"^\| 0 \| 50 \| \d+\.\d \[\d+\.\d, \d+\.\d\] \|", text, re.M)
+    assert re.search(r"^\| 3 \| 50 \| ", text, re.M)
+    assert "problems of the task `arithmetic`" in text and "greedy decoding" in text
     assert "| optimizer steps, of them Stage I | 3, 2 |" in text and "| task (training split) | arithmetic" in text
     assert "](images/training.png)" in text and (folder / "images" / "training.png").stat().st_size > 5000
     assert "## Limits" in text and "2409.12917" in text and "TRL: " in text

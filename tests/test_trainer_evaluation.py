@@ -162,6 +162,7 @@ def test_several_sets_have_names_of_their_own(make_arithmetic_trainer):
     assert trainer.state.best_metric == max(log.get("eval_possible_accuracy_t1", 0) for log in logs)
     metrics = trainer.evaluate()
     assert metrics["eval_possible_accuracy_t1"] > 0 == metrics["eval_impossible_accuracy_t1"]
+    assert metrics["eval_possible_num_problems"] == metrics["eval_impossible_num_problems"] == 8
     assert "held_out_kl_t1" in trainer.evaluate(sets["possible"], metric_key_prefix="held_out")
     trainer.create_model_card()
     card = Path(trainer.args.output_dir, "README.md").read_text()
@@ -185,6 +186,7 @@ def test_evaluation_of_two_processes_counts_each_problem_once(tmp_path, streamed
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(json.loads((folder / "metrics.json").read_text()))
     one, two = found
+    assert one["eval_num_problems"] == two["eval_num_problems"] == 9
     compared = [
         *("accuracy_t1", "accuracy_t2", "delta_t1_t2", "delta_i_to_c", "delta_c_to_i", "reward_t1", "reward_t2")
     ]

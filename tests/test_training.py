@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trl_score.training import (
     by_mode,
     check_precision,
     checkpoint_to_resume,
+    held_out,
     line_of,
     train,
     with_examples,
@@ -35,12 +37,12 @@ BASE = str(BASE_MODEL_PATH)
 def run(arithmetic_config):
     """Train for a step; keyword arguments go to the configuration."""
 
-    def run(callbacks=None, **settings):
-        task = Arithmetic(num_train=16, num_test=20)
+    def run(callbacks=None, num_test=20, **settings):
+        task = Arithmetic(num_train=16, num_test=num_test)
         config = SCoReConfig(
             **arithmetic_config | {"max_steps": 2, "stage1_steps": 1, "per_device_eval_batch_size": 20} | settings
         )
-        rows = task.load("train"), task.load("test")
+        rows = task.load("train"), task.load("test") if num_test else None
         return train(*rows, task.reward, config, ModelConfig(BASE), callbacks=callbacks)
 
     return run
@@ -75,6 +77,23 @@ def test_table_has_all_attempts_and_the_temperature(run, capsys, tmp_path):
         "unchanged attempts",
     } == table.keys()
     assert "Accuracy@t3" in printed.split("held-out")[0]  # the lines of the steps
+
+
+@pytest.mark.parametrize("before", [4, 0])
+def test_after_a_resume_each_evaluation_says_what_it_was_measured_on(run, capsys, tmp_path, before):
+    """The first part of the run evaluated on four problems, or on none."""
+    folder = tmp_path / "run"
+    run(num_test=before, max_steps=1, save_steps=1)
+    capsys.readouterr()
+    run(save_steps=1, resume_from_checkpoint="true")
+    printed, card = capsys.readouterr().out, (folder / "README.md").read_text()
+    start, steps, rows = ("base", [0, 2], [("0", "4")]) if before else ("step 1", [1, 2], [])
+    assert f"20 held-out problems, greedy decoding, percent{start:>10}     SCoRe" in printed
+    assert ("\nbase: 4 held-out problems\n" in printed) == ("Step 0 is the base model" in card) == bool(before)
+    assert re.findall(r"^\| (\d) \| (\d+) \| ", card, re.M) == [*rows, ("1", "20"), ("2", "20")]
+    numbers = json.loads((folder / "self_correction.json").read_text())
+    assert (numbers["steps"], numbers["num_problems"]) == (steps, 20)
+    assert held_out({"eval_accuracy_t1": 1.0}) == "an unknown number of held-out problems"  # of an older version
 
 
 def fail(*args, **kwargs):

@@ -96,33 +96,41 @@ def _limits(up: int, down: int, number: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[int, dict[str, dict[str, float]]]]:
+def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[tuple[str, str], dict[str, dict[str, float]]]]:
     """
-    The trainer's evaluations, by evaluation set (`None` if there is one set without a name) and optimizer step; an evaluation
-    without verdicts is left out.
+    The trainer's evaluations, by evaluation set (`None` if there is one set without a name), and by the optimizer steps and the
+    number of problems, as the table shows them. An evaluation without verdicts is left out. One that does not say of how many
+    problems it is, from before this was logged, has no limits.
     """
     config, sets = trainer.args, trainer.eval_dataset
     sets = sets if isinstance(sets, dict) else {None: sets}
     needed = [f"accuracy_t{k + 1}" for k in range(config.num_attempts_eval)] + ["delta_i_to_c", "delta_c_to_i"]
     found = {}
-    for name, rows in sets.items():
+    for name in sets:
         prefix = "eval" if name is None else f"eval_{name}"
-        num_problems = len(rows) if config.num_generations_eval == 1 and hasattr(rows, "__len__") else None
-        found[name] = {
-            log["step"]: measured(log, prefix, config.num_attempts_eval, num_problems)
-            for log in trainer.state.log_history
-            if all(log.get(f"{prefix}_{each}") is not None for each in needed)
-        }
-    return {name: steps for name, steps in found.items() if steps}
+        found[name] = {}
+        for log in trainer.state.log_history:
+            has_verdicts = all(log.get(f"{prefix}_{each}") is not None for each in needed)
+            if has_verdicts and attempts_in(log, prefix) == config.num_attempts_eval:
+                number = log.get(f"{prefix}_num_problems")
+                of_limits = number if config.num_generations_eval == 1 else None
+                row = f"{log['step']}", f"{number or ''}"
+                found[name][row] = measured(log, prefix, config.num_attempts_eval, of_limits)
+    return {name: rows for name, rows in found.items() if rows}
 
 
-def tables(evaluations: dict[str | None, dict[int, dict]]) -> str | None:
+def attempts_in(log: dict, prefix: str) -> int:
+    """How many attempts an evaluation had. A run can be resumed with another number; then its evaluations are not comparable."""
+    return sum(key.startswith(f"{prefix}_accuracy_t") for key in log)
+
+
+def tables(evaluations: dict[str | None, dict[tuple[str, str], dict]]) -> str | None:
     """A table for each evaluation set, in Markdown."""
     result = []
-    for name, steps in evaluations.items():
-        names = list(next(iter(steps.values())))
-        rows = [["optimizer steps", *map(label, names)], ["---:"] * (len(names) + 1)]
-        rows += [[str(step), *(metric(each).cell(found[each]) for each in names)] for step, found in steps.items()]
+    for name, evaluated in evaluations.items():
+        names = list(next(iter(evaluated.values())))
+        rows = [["optimizer steps", "problems", *map(label, names)], ["---:"] * (len(names) + 2)]
+        rows += [[*row, *(metric(each).cell(found[each]) for each in names)] for row, found in evaluated.items()]
         heading = [] if name is None else [f"Evaluation set `{name}`:\n"]
         result.append("\n".join([*heading, *(f"| {' | '.join(row)} |" for row in rows)]))
     return "\n\n".join(result) or None
@@ -144,9 +152,6 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     evaluations = evaluations_of(trainer)
     card = ModelCard.load(path)
     settings = settings_of(trainer, card.data.base_model)
-    num_problems = None  # of several sets, each has its own number
-    if hasattr(trainer.eval_dataset, "__len__") and not isinstance(trainer.eval_dataset, dict):
-        num_problems = len(trainer.eval_dataset)
     section = Template(
         resources.files("trl_score").joinpath("templates/score_model_card.md").read_text("utf-8"),
         trim_blocks=True,
@@ -158,7 +163,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
         task=trainer.task,
         eval_task=trainer.eval_task,
         results=tables(evaluations),
-        num_problems=num_problems,
+        has_base=any(steps == "0" for evaluated in evaluations.values() for steps, _ in evaluated),
         decoding=decoding_of(config),
         settings=settings,
         command=yaml.safe_dump(
@@ -216,7 +221,8 @@ def _describe(data: ModelCardData, trainer: "SCoReTrainer", evaluations: dict, f
     if not evaluations or trainer.eval_task is None:
         return
     entries = []
-    for name, steps in evaluations.items():
+    for name, evaluated in evaluations.items():
+        last = list(evaluated.values())[-1]
         task = name or trainer.eval_task
         names = datasets_of(task, "test")
         for k in range(trainer.args.num_attempts_eval):
@@ -228,7 +234,7 @@ def _describe(data: ModelCardData, trainer: "SCoReTrainer", evaluations: dict, f
                     dataset_split="test",
                     metric_type="accuracy",
                     metric_name=label(f"accuracy_t{k + 1}"),
-                    metric_value=round(steps[max(steps)][f"accuracy_t{k + 1}"]["value"], 4),
+                    metric_value=round(last[f"accuracy_t{k + 1}"]["value"], 4),
                 )
             )
     data["model-index"] = eval_results_to_model_index(data.model_name or folder, entries)

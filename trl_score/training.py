@@ -21,7 +21,7 @@ from .arguments import TrainArguments
 from .callbacks import CollapseAlarm, trackers
 from .collection import with_first_attempts
 from .metrics import label
-from .model_card import decoding_of
+from .model_card import attempts_in, decoding_of
 from .parsing import Parser
 from .records import check_folder, disconnect, strict_json
 from .resuming import checkpoints, is_whole
@@ -427,15 +427,18 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
     found = gather_object([examples])  # each process has graded its own share
     if not trainer.is_world_process_zero():
         return
-    evaluations = [log for log in trainer.state.log_history if "eval_stage" in log]
-    labels = labels_of(trainer.args.num_attempts_eval)
-    table = {label: [percent(evaluations[i][f"eval_{name}"]) for i in (0, -1)] for name, label in labels.items()}
+    num_attempts = trainer.args.num_attempts_eval
+    evaluations = [log for log in trainer.state.log_history if attempts_in(log, "eval") == num_attempts]
+    shown = first, last = evaluations[0], evaluations[-1]
+    labels = labels_of(num_attempts)
+    table = {label: [percent(log[f"eval_{name}"]) for log in shown] for name, label in labels.items()}
     table["unchanged attempts"] = [100 - changed for changed in table.pop("changed")]
-    print(
-        f"\n{len(trainer.eval_dataset)} held-out problems, {decoding_of(trainer.args)}, percent{'base':>10}{'SCoRe':>10}"
-    )
-    for name, (base, score) in table.items():
-        print(f"{name:<46}{base:>10.1f}{score:>10.1f}")
+    start = "base" if first["step"] == 0 else f"step {first['step']}"
+    print(f"\n{held_out(last)}, {decoding_of(trainer.args)}, percent{start:>10}{'SCoRe':>10}")
+    for name, (before, after) in table.items():
+        print(f"{name:<46}{before:>10.1f}{after:>10.1f}")
+    if held_out(first) != held_out(last):
+        print(f"{start}: {held_out(first)}")
     for kind in EXAMPLES:
         for problem, attempts in [each[kind] for each in found if kind in each][:1]:
             print(f"\nproblem    {problem}")
@@ -446,12 +449,18 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
     print(f"\n{total:.0f} s of training{shares_of_time(trainer, total)}")
     numbers = {
         "table": table,
-        "num_problems": len(trainer.eval_dataset),
+        "steps": [log["step"] for log in shown],
+        "num_problems": last["eval_num_problems"],
         "seed": trainer.args.seed,
         "train_seconds": total,
     }
     Path(trainer.args.output_dir, "self_correction.json").write_text(strict_json(numbers))
     print(f"Model, metrics and model card: {Path(trainer.args.output_dir).resolve()}")
+
+
+def held_out(log: dict) -> str:
+    """What an evaluation was measured on. One from before it was logged does not say of how many problems."""
+    return f"{log.get('eval_num_problems', 'an unknown number of')} held-out problems"
 
 
 def shares_of_time(trainer: SCoReTrainer, total: float) -> str:
