@@ -59,17 +59,29 @@ def evaluation(step=0, **more):
 
 def table_of(*history):
     """The rows of the card's table, without its head."""
-    config = SimpleNamespace(num_attempts_eval=2, num_generations_eval=1)
+    config = SimpleNamespace(num_attempts_eval=2)
     trainer = SimpleNamespace(args=config, eval_dataset=None, state=SimpleNamespace(log_history=history))
     return tables(evaluations_of(trainer)).splitlines()[2:]
 
 
 def test_each_evaluation_has_the_interval_of_its_own_problems():
     """Except one of an older version, which does not say how many. One with another number of attempts is not shown."""
-    logs = evaluation(), evaluation(1, num_problems=8), evaluation(2, num_problems=800), evaluation(3, accuracy_t3=1.0)
+    numbers = [dict.fromkeys(("num_problems", "num_rollouts", "num_graded"), number) for number in (8, 800)]
+    logs = evaluation(), evaluation(1, **numbers[0]), evaluation(2, **numbers[1]), evaluation(3, accuracy_t3=1.0)
     unknown, few, many = table_of(*logs)
     assert unknown == "| 0 |  | 50.0 | 75.0 | 25.0 | 25.0 | 0.0 |"
     assert few.startswith("| 1 | 8 | 50.0 [12.5, 87.5] | ") and many.startswith("| 2 | 800 | 50.0 [46.5, 53.5] | ")
+
+
+def test_what_was_not_graded_is_said_and_is_in_no_interval():
+    """Half of eight graded ones are right, with 32 that were not graded: the interval is of eight."""
+    graded, some, several = table_of(
+        evaluation(1, num_problems=8, num_rollouts=8, num_graded=8),
+        evaluation(2, num_problems=40, num_rollouts=40, num_graded=8),
+        evaluation(3, num_problems=40, num_rollouts=80, num_graded=72),
+    )
+    assert some == graded.replace("| 1 | 8 |", "| 2 | 40 (32 not graded) |")
+    assert several == "| 3 | 40 (8 not graded) | 50.0 | 75.0 | 25.0 | 25.0 | 0.0 |"
 
 
 def test_card_has_the_table_the_settings_and_the_figure(trained):

@@ -96,6 +96,23 @@ def test_after_a_resume_each_evaluation_says_what_it_was_measured_on(run, capsys
     assert held_out({"eval_accuracy_t1": 1.0}) == "an unknown number of held-out problems"  # of an older version
 
 
+def test_table_says_how_many_could_not_be_graded(arithmetic_config, capsys, tmp_path):
+    """The grader knows only the answers of half of the problems."""
+    task = Arithmetic(num_train=16, num_test=20)
+    rows = task.load("test").map(lambda row, i: {"answer": row["answer"] if i % 2 else None}, with_indices=True)
+
+    def grade(completions, answer, **_):
+        verdicts = task.reward(completions=completions, answer=[each or "0" for each in answer])
+        return [None if each is None else verdict for each, verdict in zip(answer, verdicts, strict=True)]
+
+    config = SCoReConfig(**arithmetic_config | {"max_steps": 1})
+    trainer = train(task.load("train"), rows, grade, config, ModelConfig(BASE))
+    log = trainer.state.log_history[-1]
+    assert [log[f"eval_num_{name}"] for name in ("problems", "rollouts", "graded")] == [20, 20, 10]
+    assert "\n20 held-out problems (10 not graded), greedy" in capsys.readouterr().out
+    assert "| 20 (10 not graded) | " in (tmp_path / "run" / "README.md").read_text()
+
+
 def fail(*args, **kwargs):
     raise RuntimeError("no luck\ntoday")
 

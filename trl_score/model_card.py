@@ -57,10 +57,10 @@ WHEN_SET = (  # options that change a run, and that few set
 )
 
 
-def measured(log: dict, prefix: str, num_attempts: int, num_problems: int | None) -> dict[str, dict[str, float]]:
+def measured(log: dict, prefix: str, num_attempts: int, num_graded: int | None) -> dict[str, dict[str, float]]:
     """
-    The metrics of an evaluation by the trainer: `value`, and with the number of problems `low` and `high`, the limits of a 95 %
-    bootstrap interval over problems. With one greedy rollout per problem the shares of right attempts, of i→c and of c→i are
+    The metrics of an evaluation by the trainer: `value`, and with the number of graded problems `low` and `high`, the limits of
+    a 95 % bootstrap interval over them. With one greedy rollout per problem the shares of right attempts, of i→c and of c→i are
     all that the bootstrap needs: it is over as many problems with these verdicts.
 
     Args:
@@ -70,21 +70,21 @@ def measured(log: dict, prefix: str, num_attempts: int, num_problems: int | None
             The beginning of the metrics' names: `"eval"`, or `"eval_"` and the name of the evaluation set.
         num_attempts (`int`):
             Attempts in a rollout.
-        num_problems (`int`, *optional*):
-            Problems with one rollout each; without it, there are no limits.
+        num_graded (`int`, *optional*):
+            Problems with one rollout each, whose first and last attempt were graded; without it, there are no limits.
     """
     names = [f"accuracy_t{k + 1}" for k in range(num_attempts)]
     found = {}
     for name in [*names, f"delta_t1_t{num_attempts}", "delta_i_to_c", "delta_c_to_i"]:
         found[name] = {"value": log[f"{prefix}_{name}"]}
-        if num_problems:
+        if num_graded:
             both = "delta_i_to_c", "delta_c_to_i"
             shares = (
                 [log[f"{prefix}_{each}"] for each in both]
                 if name.startswith("delta_t")
                 else [log[f"{prefix}_{name}"], 0.0]
             )
-            low, high = _limits(*(round(share * num_problems) for share in shares), num_problems)
+            low, high = _limits(*(round(share * num_graded) for share in shares), num_graded)
             found[name] |= {"low": low, "high": high}
     return found
 
@@ -100,28 +100,34 @@ def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[tuple[str, 
     """
     The trainer's evaluations, by evaluation set (`None` if there is one set without a name), and by the optimizer steps and the
     number of problems, as the table shows them. An evaluation without verdicts is left out. One that does not say of how many
-    problems it is, from before this was logged, has no limits.
+    problems it is, from before this was logged, has no limits, and neither has one with several rollouts per problem.
     """
-    config, sets = trainer.args, trainer.eval_dataset
+    num_attempts, sets = trainer.args.num_attempts_eval, trainer.eval_dataset
     sets = sets if isinstance(sets, dict) else {None: sets}
-    needed = [f"accuracy_t{k + 1}" for k in range(config.num_attempts_eval)] + ["delta_i_to_c", "delta_c_to_i"]
+    needed = [f"accuracy_t{k + 1}" for k in range(num_attempts)] + ["delta_i_to_c", "delta_c_to_i"]
     found = {}
     for name in sets:
         prefix = "eval" if name is None else f"eval_{name}"
         found[name] = {}
         for log in trainer.state.log_history:
             has_verdicts = all(log.get(f"{prefix}_{each}") is not None for each in needed)
-            if has_verdicts and attempts_in(log, prefix) == config.num_attempts_eval:
-                number = log.get(f"{prefix}_num_problems")
-                of_limits = number if config.num_generations_eval == 1 else None
-                row = f"{log['step']}", f"{number or ''}"
-                found[name][row] = measured(log, prefix, config.num_attempts_eval, of_limits)
+            if has_verdicts and attempts_in(log, prefix) == num_attempts:
+                is_one_each = log.get(f"{prefix}_num_rollouts") == log.get(f"{prefix}_num_problems")
+                num_graded = log.get(f"{prefix}_num_graded") if is_one_each else None
+                row = f"{log['step']}", f"{log.get(f'{prefix}_num_problems', '')}{left_out(log, prefix)}"
+                found[name][row] = measured(log, prefix, num_attempts, num_graded)
     return {name: rows for name, rows in found.items() if rows}
 
 
 def attempts_in(log: dict, prefix: str) -> int:
     """How many attempts an evaluation had. A run can be resumed with another number; then its evaluations are not comparable."""
     return sum(key.startswith(f"{prefix}_accuracy_t") for key in log)
+
+
+def left_out(log: dict, prefix: str) -> str:
+    """How many rollouts of an evaluation could not be graded, in brackets; nothing if all could, or if it is not known."""
+    ungraded = log.get(f"{prefix}_num_rollouts", 0) - log.get(f"{prefix}_num_graded", 0)
+    return f" ({ungraded} not graded)" if ungraded else ""
 
 
 def tables(evaluations: dict[str | None, dict[tuple[str, str], dict]]) -> str | None:

@@ -41,7 +41,9 @@ class EvaluatingTrainer(GRPOTrainer):
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             found = means(self._metrics["eval"])
-            found["num_problems"] = len(self._metrics["eval"]["reward_t1"]) // self.num_generations_eval
+            found["num_rollouts"] = len(self._metrics["eval"]["reward_t1"])
+            found["num_problems"] = found["num_rollouts"] // self.num_generations_eval
+            found["num_graded"] = len(self._metrics["eval"]["delta_i_to_c"])  # first and last attempt
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         finally:
             self._metrics["eval"].clear()

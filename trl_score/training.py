@@ -21,7 +21,7 @@ from .arguments import TrainArguments
 from .callbacks import CollapseAlarm, trackers
 from .collection import with_first_attempts
 from .metrics import label
-from .model_card import attempts_in, decoding_of
+from .model_card import attempts_in, decoding_of, left_out
 from .parsing import Parser
 from .records import check_folder, disconnect, strict_json
 from .resuming import checkpoints, is_whole
@@ -460,7 +460,7 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
 
 def held_out(log: dict) -> str:
     """What an evaluation was measured on. One from before it was logged does not say of how many problems."""
-    return f"{log.get('eval_num_problems', 'an unknown number of')} held-out problems"
+    return f"{log.get('eval_num_problems', 'an unknown number of')} held-out problems{left_out(log, 'eval')}"
 
 
 def shares_of_time(trainer: SCoReTrainer, total: float) -> str:
