@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_score import SCoReConfig, evaluate_self_correction
 from trl_score.model_card import RUN, card_of_base, datasets_of, evaluations_of, measured, tables
@@ -268,6 +268,37 @@ def test_options_of_the_card_repeat_the_run(make_adapter_trainer, tmp_path):
         *("output_dir", "logging_dir", "run_name", "model_init_kwargs"),  # places
         *("logging_steps", "save_strategy", "save_steps", "per_device_eval_batch_size"),  # what is watched
     }
+
+
+@pytest.mark.parametrize(
+    "modules", [r".*\.(q_proj|v_proj)", ["q_proj"], ["q_proj", "v_proj"]], ids=["expression", "one", "two"]
+)
+def test_options_of_the_card_repeat_the_adapter(make_arithmetic_trainer, tmp_path, modules):
+    lora = LoraConfig(r=4, target_modules=modules, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    trainer = make_arithmetic_trainer({"peft_config": lora}, max_steps=1)
+    trainer.task = "arithmetic"
+    trainer.create_model_card()
+    text = (Path(trainer.args.output_dir) / "README.md").read_text()
+    (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    parser = TrlParser((TrainArguments, SCoReConfig, ModelConfig))
+    command = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "again"), "--use_cpu"]
+    repeated = get_peft_config(parser.parse_args_and_config(command)[2])
+    again = make_arithmetic_trainer({"peft_config": repeated}, max_steps=1)
+    names = [{name for name, each in one.model.named_parameters() if each.requires_grad} for one in (trainer, again)]
+    assert names[0] == names[1] and any("lm_head" in name for name in names[0])
+    if isinstance(modules, str):
+        assert r"modules .\*\\.(q_proj\|v_proj) |" in text
+
+
+def test_card_says_that_first_attempts_are_to_be_collected(make_arithmetic_trainer):
+    rows = Arithmetic(num_train=16).load("train").map(lambda row: {"first_attempts": ["1", "2"]})
+    trainer = make_arithmetic_trainer({"train_dataset": rows}, offline_first_attempts=0.5)
+    trainer.task = "arithmetic"
+    trainer.create_model_card()
+    assert (
+        "collect some of the base model by `trl-score collect`, and add"
+        in (Path(trainer.args.output_dir) / "README.md").read_text()
+    )
 
 
 def test_without_a_card_the_licence_is_left_out():

@@ -4,7 +4,9 @@ import functools
 import importlib.metadata
 import json
 import logging
+import re
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import resources
@@ -171,7 +173,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
         results=tables(evaluations),
         has_base=any(steps == "0" for evaluated in evaluations.values() for steps, _ in evaluated),
         decoding=decoding_of(config),
-        settings=settings,
+        settings={name: _cell(value) for name, value in settings.items()},
         command=yaml.safe_dump(
             command_of(trainer, card.data.base_model), sort_keys=False, allow_unicode=True, width=100
         ),
@@ -377,8 +379,10 @@ def command_of(trainer: "SCoReTrainer", base_model: str | None) -> dict:
     if (adapter := adapter_of(trainer)) is not None and hasattr(adapter, "r"):
         found |= {"use_peft": True, "lora_r": adapter.r, "lora_alpha": adapter.lora_alpha}
         found["lora_dropout"] = adapter.lora_dropout
-        if not isinstance(adapter.target_modules, str):
-            found["lora_target_modules"] = sorted(adapter.target_modules or [])
+        if adapter.target_modules:
+            found["lora_target_modules"] = _modules(adapter.target_modules)
+        if adapter.modules_to_save:
+            found["lora_modules_to_save"] = sorted(adapter.modules_to_save)
         found |= {name: True for name in ("use_rslora", "use_dora") if getattr(adapter, name, False)}
     if (quantization := quantization_of(trainer)).get("load_in_4bit"):
         found |= {"load_in_4bit": True, "bnb_4bit_quant_type": quantization["bnb_4bit_quant_type"]}
@@ -389,6 +393,19 @@ def command_of(trainer: "SCoReTrainer", base_model: str | None) -> dict:
     names = [*REPEATED, *(name for name in WHEN_SET if _is_set(config, name))]
     values = {name: _plain(getattr(config, name)) for name in names}
     return found | {name: value for name, value in values.items() if value not in (None, {})}
+
+
+def _modules(target_modules: str | Iterable[str]) -> list[str]:
+    """As `lora_target_modules` has them. TRL takes a list of one for a regular expression, so a single name becomes one."""
+    if isinstance(target_modules, str):
+        return [target_modules]
+    names = sorted(target_modules)
+    return names if len(names) > 1 else [rf"(.*\.)?{re.escape(names[0])}"]
+
+
+def _cell(text: str) -> str:
+    """A text in a cell of a table in Markdown, where a regular expression has characters with a meaning."""
+    return re.sub(r"([\\|*])", r"\\\1", text)
 
 
 def _plain(value):
