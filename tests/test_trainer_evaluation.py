@@ -167,6 +167,8 @@ def test_several_sets_have_names_of_their_own(make_arithmetic_trainer):
     trainer.create_model_card()
     card = Path(trainer.args.output_dir, "README.md").read_text()
     assert "`possible`" in card and "`impossible`" in card
+    step = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert (f"| step {step}, best eval_possible_accuracy_t1 |" in card) == (step < 2)
 
 
 # Each problem once

@@ -1,6 +1,7 @@
 """What `trl-score train` and the example scripts share."""
 
 import errno
+import itertools
 import json
 import re
 import sys
@@ -111,6 +112,27 @@ def test_table_says_how_many_could_not_be_graded(arithmetic_config, capsys, tmp_
     assert [log[f"eval_num_{name}"] for name in ("problems", "rollouts", "graded")] == [20, 20, 10]
     assert "\n20 held-out problems (10 not graded), greedy" in capsys.readouterr().out
     assert "| 20 (10 not graded) | " in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_weights_of_a_loaded_checkpoint_are_not_those_of_the_last_step(arithmetic_config, capsys, tmp_path):
+    """The training reward falls, so that step 1 of 2 is loaded. The card keeps the evaluation of step 2."""
+    task, calls = Arithmetic(num_train=16, num_test=20), itertools.count(1)
+
+    def fading(completions, **_):
+        share = 1 / next(calls)
+        return [share * (i % 2) for i in range(len(completions))]
+
+    each_step = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "stage1_steps": 0}
+    config, best = SCoReConfig(**arithmetic_config | each_step), KeepBestCheckpoint(1, load_at_end=True)
+    rows = task.load("train"), task.load("test")
+    train(*rows, fading, config, ModelConfig(BASE), callbacks=[best], eval_reward=task.reward)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| checkpoint loaded when training ended | step 1, highest training reward |" in card
+    table = dict(re.findall(r"^\| (\d|weights of step \d) (\| 20 .*)", card, re.M))
+    assert list(table) == ["0", "1", "2", "weights of step 1"] and table["weights of step 1"] == table["1"]
+    assert "checkpoint loaded" not in (tmp_path / "run" / "checkpoint-2" / "README.md").read_text()
+    assert "\nSCoRe: weights of step 1, highest training reward\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "self_correction.json").read_text())["steps"] == [0, 1]
 
 
 def fail(*args, **kwargs):

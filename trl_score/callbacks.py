@@ -12,8 +12,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from .objective import Stage
@@ -203,6 +204,23 @@ def best_checkpoint(output_dir: str | Path, stage: int | None = None) -> Path | 
     return None
 
 
+def loaded_step(trainer) -> int | None:
+    """The step of the checkpoint that was loaded when training ended. `None` if the weights are those of the last step."""
+    args, state = trainer.args, trainer.state
+    is_asked = args.load_best_model_at_end or _loads_best(trainer.callback_handler.callbacks)
+    if trainer.is_in_train or not is_asked or state.best_model_checkpoint is None:
+        return None
+    file = Path(state.best_model_checkpoint, TRAINER_STATE_NAME)
+    if not file.exists():  # another node may not see the files
+        return None
+    step = TrainerState.load_from_json(file).global_step
+    return step if step != state.global_step else None
+
+
+def _loads_best(callbacks: list[TrainerCallback]) -> bool:
+    return any(isinstance(callback, KeepBestCheckpoint) and callback.load_at_end for callback in callbacks)
+
+
 # --- called by the trainer ---
 
 
@@ -211,7 +229,7 @@ def checkpoint_to_load(callbacks: list[TrainerCallback], args, state) -> str | N
     The checkpoint to load when training has ended, if a [`KeepBestCheckpoint`] asks for it: the best one of the last stage that
     the run reached. The main process looks for it and tells the others, which may not see the files.
     """
-    if not any(isinstance(callback, KeepBestCheckpoint) and callback.load_at_end for callback in callbacks):
+    if not _loads_best(callbacks):
         return None
     found = [None]
     if state.is_world_process_zero:

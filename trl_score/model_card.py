@@ -23,6 +23,7 @@ from peft import PeftConfig
 from trl.trainer.utils import get_config_model_id
 
 from ._version import __version__
+from .callbacks import BEST, loaded_step
 from .metrics import bootstrap_intervals, label, metric
 from .records import strict_json
 from .tasks import TASKS, Arithmetic, MathTask
@@ -116,7 +117,9 @@ def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[tuple[str, 
             if has_verdicts and attempts_in(log, prefix) == num_attempts:
                 is_one_each = log.get(f"{prefix}_num_rollouts") == log.get(f"{prefix}_num_problems")
                 num_graded = log.get(f"{prefix}_num_graded") if is_one_each else None
-                row = f"{log['step']}", f"{log.get(f'{prefix}_num_problems', '')}{left_out(log, prefix)}"
+                loaded = log.get(f"{prefix}_loaded_step")
+                steps = f"{log['step']}" if loaded is None else f"weights of step {loaded}"
+                row = steps, f"{log.get(f'{prefix}_num_problems', '')}{left_out(log, prefix)}"
                 found[name][row] = measured(log, prefix, num_attempts, num_graded)
     return {name: rows for name, rows in found.items() if rows}
 
@@ -302,6 +305,8 @@ def settings_of(trainer: "SCoReTrainer", base_model: str | None) -> dict[str, st
     done, stage1 = state.global_step, sum(trainer.stage_at(step).number == 1 for step in range(state.global_step))
     planned = f" of {state.max_steps} planned" if done < state.max_steps else ""
     found["optimizer steps, of them Stage I"] = f"{done}{planned}, {stage1}"
+    if (loaded := loaded_weights(trainer)) is not None:
+        found["checkpoint loaded when training ended"] = loaded
     found["alpha (bonus), gamma (discount)"] = f"{config.alpha}, {config.gamma}"
     found["beta1 (KL, every attempt), beta2 (KL added in Stage I)"] = f"{config.beta}, {config.stage1_beta}"
     if options := [f"{name}={getattr(config, name)}" for name in OPTIONS if _is_set(config, name)]:
@@ -343,6 +348,14 @@ def settings_of(trainer: "SCoReTrainer", base_model: str | None) -> dict[str, st
     found["versions"] = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     found["date"] = datetime.now(UTC).date().isoformat()
     return found
+
+
+def loaded_weights(trainer: "SCoReTrainer") -> str | None:
+    """The step of the checkpoint that was loaded when training ended, and why this one; `None` if none was loaded."""
+    if (step := loaded_step(trainer)) is None:
+        return None
+    is_kept = Path(trainer.state.best_model_checkpoint, BEST).exists()
+    return f"step {step}, {'highest training reward' if is_kept else f'best {trainer.args.metric_for_best_model}'}"
 
 
 def _adapter(adapter: PeftConfig) -> str:

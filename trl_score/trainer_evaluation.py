@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import GRPOTrainer
 
+from .callbacks import loaded_step
 from .decoding import keep_random_state
 from .rollout_metrics import empty_table, means
 
@@ -44,6 +45,8 @@ class EvaluatingTrainer(GRPOTrainer):
             found["num_rollouts"] = len(self._metrics["eval"]["reward_t1"])
             found["num_problems"] = found["num_rollouts"] // self.num_generations_eval
             found["num_graded"] = len(self._metrics["eval"]["delta_i_to_c"])  # first and last attempt
+            if (step := loaded_step(self)) is not None:
+                found["loaded_step"] = step
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         finally:
             self._metrics["eval"].clear()

@@ -21,7 +21,7 @@ from .arguments import TrainArguments
 from .callbacks import CollapseAlarm, trackers
 from .collection import with_first_attempts
 from .metrics import label
-from .model_card import attempts_in, decoding_of, left_out
+from .model_card import attempts_in, decoding_of, left_out, loaded_weights
 from .parsing import Parser
 from .records import check_folder, disconnect, strict_json
 from .resuming import checkpoints, is_whole
@@ -439,6 +439,8 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
         print(f"{name:<46}{before:>10.1f}{after:>10.1f}")
     if held_out(first) != held_out(last):
         print(f"{start}: {held_out(first)}")
+    if (loaded := loaded_weights(trainer)) is not None:
+        print(f"SCoRe: weights of {loaded}")
     for kind in EXAMPLES:
         for problem, attempts in [each[kind] for each in found if kind in each][:1]:
             print(f"\nproblem    {problem}")
@@ -449,7 +451,7 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
     print(f"\n{total:.0f} s of training{shares_of_time(trainer, total)}")
     numbers = {
         "table": table,
-        "steps": [log["step"] for log in shown],
+        "steps": [log.get("eval_loaded_step", log["step"]) for log in shown],
         "num_problems": last["eval_num_problems"],
         "seed": trainer.args.seed,
         "train_seconds": total,
