@@ -98,7 +98,11 @@ function attempts(row) {
     write(pre, marked[k]);
     part.append(head, pre);
     box.append(part);
-    if (row.instruction && k < row.attempts.length - 1) box.append(make("p", row.instruction, "said"));
+    if (row.instruction && k < row.attempts.length - 1) {
+      const asked = make("div", undefined, "attempt");
+      asked.append(make("h3", "correction instruction"), make("pre", row.instruction));
+      box.append(asked);
+    }
     if (k < row.feedback.length) {
       const feedback = make("div", undefined, "attempt"), said = make("pre");
       put(said, row.feedback[k]);
