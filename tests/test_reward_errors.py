@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from trl_score.reward_errors import graded, unique_names
+from trl_score.training import with_examples
 
 
 NUMBER, AT = 6, 3
@@ -114,6 +115,13 @@ def no_trace(completions, **_):
     """Everything at once, as a request for a whole batch."""
     joined = " ".join(completion[0]["content"] for completion in completions)
     raise ConnectionError(len(joined))
+
+
+def test_the_number_of_attempts_is_no_row():
+    """Training wraps a reward function in another one, whose frame has the completions and the number of attempts."""
+    reward = with_examples(no_trace, {}, num_attempts=2)
+    with pytest.raises(RuntimeError, match="on attempt 1, in a row that could not be found"):
+        graded(reward, "judge", 1)(**rows())
 
 
 @pytest.mark.parametrize("again", [0, 1])

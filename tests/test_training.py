@@ -1,5 +1,6 @@
 """What `trl-score train` and the example scripts share."""
 
+import asyncio
 import errno
 import itertools
 import json
@@ -16,6 +17,7 @@ from trl import ModelConfig
 from trl_score import CollapseAlarm, KeepBestCheckpoint, SCoReConfig, SCoReTrainer
 from trl_score import training as module
 from trl_score.records import check_folder
+from trl_score.reward_errors import graded
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 from trl_score.training import (
@@ -61,6 +63,20 @@ def test_held_out_problems_of_another_task_are_graded_by_that_task(arithmetic_co
     assert next(log for log in trainer.state.log_history if "loss" in log)["accuracy_t1"] > 0
     first, other = by_mode([task.reward, zero], zero, lambda: False)
     assert (first(completions=["1"], answer=["1"]), other(completions=["1"])) == ([0.0], [None])
+
+
+def test_an_async_reward_is_awaited_where_another_task_grades_the_evaluation():
+    async def one(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    def zero(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    for training, evaluation in ((one, zero), (zero, one)):
+        for is_training in (True, False):
+            reward = by_mode(training, evaluation, lambda is_training=is_training: is_training)
+            rewards = asyncio.run(graded(reward, "reward", 1)(completions=["1", "2"]))
+            assert rewards == [1.0 if is_training == (training is one) else 0.0] * 2
 
 
 def test_table_has_all_attempts_and_the_temperature(run, capsys, tmp_path):

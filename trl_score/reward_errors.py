@@ -121,7 +121,9 @@ def failing_row(traceback: TracebackType | None, kwargs: dict) -> int | None:
     columns = {id(values) for values in kwargs.values() if _is_column(values, kwargs)}
     found = None
     while traceback is not None:
-        own = {name: value for name, value in traceback.tb_frame.f_locals.items() if name not in kwargs}
+        # A variable of an enclosing function, such as the number of attempts, is no index of a loop in this one.
+        not_own = {*kwargs, *traceback.tb_frame.f_code.co_freevars}
+        own = {name: value for name, value in traceback.tb_frame.f_locals.items() if name not in not_own}
         rows = {row_of.get(id(value)) for value in traceback.tb_frame.f_locals.values()} - {None}
         if not rows and columns.intersection(map(id, traceback.tb_frame.f_locals.values())):  # a loop over indices
             rows = {value for value in own.values() if type(value) is int and 0 <= value < len(kwargs["completions"])}

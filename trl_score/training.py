@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl.trainer.utils import is_async_callable
 
 from .arguments import TrainArguments
 from .callbacks import CollapseAlarm, trackers
@@ -271,7 +272,8 @@ def with_examples(reward, examples: dict[str, tuple], num_attempts: int):
 
 def by_mode(reward, eval_reward: Callable, is_training: Callable[[], bool]):
     """
-    The reward function, or in evaluation that of another task. Of several, the others abstain in evaluation.
+    The reward function, or in evaluation that of another task; async if one of the two is. Of several, the others abstain in
+    evaluation.
 
     Args:
         reward (`Callable` or `list[Callable]`):
@@ -286,11 +288,18 @@ def by_mode(reward, eval_reward: Callable, is_training: Callable[[], bool]):
         others = [by_mode(each, abstain, is_training) for each in reward[1:]]
         return [by_mode(reward[0], eval_reward, is_training), *others]
 
-    @wraps(reward)
     def call(**kwargs):
         return (reward if is_training() else eval_reward)(**kwargs)
 
-    return call
+    if not is_async_callable(reward) and not is_async_callable(eval_reward):
+        return wraps(reward)(call)
+
+    @wraps(reward)
+    async def call_async(**kwargs):
+        rewards = call(**kwargs)
+        return await rewards if inspect.isawaitable(rewards) else rewards
+
+    return call_async
 
 
 def train(
