@@ -415,6 +415,25 @@ def test_a_held_out_problem_is_not_learnt_from(sft):
         run_baseline(ModelConfig(BASE), TASK, arguments(), sft, held_out=TASK.load("train").select([59]))
 
 
+def test_another_task_is_evaluated_with_the_instruction_that_was_trained(tmp_path, sft, monkeypatch):
+    file, asked = tmp_path / "own.py", []
+    file.write_text(
+        "from trl_score.tasks import MathTask\nclass Own(MathTask):\n    name = 'own'\n    correction_instruction = 'Sure?'\n"
+    )
+    monkeypatch.setattr(baselines, "run_baseline", lambda *_: None)
+    monkeypatch.setattr(
+        baselines,
+        "evaluate_self_correction",
+        lambda *_, correction_instruction, **__: asked.append(correction_instruction),
+    )
+    for name in ("describe", "table"):
+        monkeypatch.setattr(baselines, name, lambda _: "")
+    given = {"task": f"{file}:Own", "eval_task": "arithmetic", "method": "pair_sft"}
+    for instruction in (None, "again"):
+        baselines.run(BaselineArguments(**given, correction_instruction=instruction), sft, ModelConfig(BASE))
+    assert asked == ["Sure?"] * 2 + ["again"] * 2
+
+
 def test_an_adapter_cannot_be_sampled_by_vllm(sft):
     with pytest.raises(ValueError, match="samples from whole models, and `use_peft=True` trains an adapter"):
         run_baseline(ModelConfig(BASE, use_peft=True), TASK, arguments(backend="vllm"), sft)

@@ -276,7 +276,7 @@ def run(arguments: BaselineArguments, args: SFTConfig, model_args: ModelConfig) 
             model,
             eval_task,
             max_completion_length=arguments.max_completion_length,
-            correction_instruction=arguments.correction_instruction,
+            correction_instruction=arguments.correction_instruction or task.correction_instruction,
             chat_template_kwargs=arguments.chat_template_kwargs,
             batch_size=arguments.sampling_batch_size,
             limit=arguments.num_eval_problems,
