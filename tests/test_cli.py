@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -15,7 +16,7 @@ from processes import python
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from trl_score import cli
+from trl_score import baselines, cli, training
 from trl_score.baselines import BaselineArguments
 from trl_score.sampling import TransformersSampler
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
@@ -217,6 +218,32 @@ def test_what_is_not_an_option_of_training_is_accelerate_s(monkeypatch, tmp_path
         True,
     )
     assert launch.training_script_args == ["--task", "arithmetic", "--max_steps", "2", "--output_dir", str(tmp_path)]
+
+
+@pytest.mark.parametrize(("command", "module"), [("train", training), ("baselines", baselines)])
+def test_options_of_accelerate_may_stand_in_the_configuration(monkeypatch, tmp_path, capfd, command, module):
+    """The launcher reads them there, and the process that it starts reads the same file for the others."""
+    launched, started = [], []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr(training, "load_task", lambda *given: started.append(given) or sys.exit())
+    monkeypatch.setattr(baselines, "run", lambda *given: started.append(given))
+    ours, file = {"task": "arithmetic", "output_dir": str(tmp_path), "bf16": False}, tmp_path / "config.yaml"
+    for options in ({"num_processes": 1, "cpu": True, "debug": False}, {"accelerate_config": "single_gpu"}):
+        file.write_text(json.dumps(ours | options))
+        assert run_here([command, "--config", file], capfd)[0] == 0
+        with contextlib.suppress(SystemExit):
+            module.main(launched[-1].training_script_args)
+        assert started[-1][0].task == "arithmetic"
+    first, second = launched
+    assert (first.num_processes, first.cpu, bool(first.debug)) == (1, True, False)
+    assert Path(second.config_file).name == "single_gpu.yaml" and len(started) == 2
+    file.write_text(json.dumps(ours | {"num_proceses": 1}))
+    with pytest.raises(SystemExit):
+        module.main(["--config", str(file)])
+    assert (
+        "unknown option --num_proceses in the configuration. Did you mean --num_processes?" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

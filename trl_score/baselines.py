@@ -243,7 +243,7 @@ class BaselineConfig(SFTConfig):
 
 def baselines_parser(**kwargs) -> Parser:
     """The parser of `trl-score baselines`."""
-    parser = Parser((BaselineArguments, BaselineConfig, ModelConfig), "baselines", **kwargs)
+    parser = Parser((BaselineArguments, BaselineConfig, ModelConfig), "baselines", launched=True, **kwargs)
     # Traces are as long as they are, and a process that has sampled its share waits for the others.
     parser.set_defaults(max_length=None, ddp_timeout=24 * 60 * 60)
     return parser

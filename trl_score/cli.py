@@ -103,10 +103,12 @@ def launch(command: str, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    from .parsing import launch_options
+
+    parser.refuse(of_file, "in the configuration", launch_options())
+    parser.refuse(of_line, known=launch_options())
     launcher = launch_command_parser()
-    known = {*launcher._option_string_actions, "--accelerate_config"}
-    parser.refuse(of_file, "in the configuration", known)
-    parser.refuse(of_line, known=known)
+    of_file = as_typed(of_file, launcher)
     rest = iter(of_line)
     left_out = next(rest, None)
     ours = []
@@ -132,6 +134,18 @@ def launch(command: str, arguments: list[str]) -> int:
     finally:
         signal.signal(signal.SIGINT, before)
     return 0
+
+
+def as_typed(of_file: list[str], launcher: argparse.ArgumentParser) -> list[str]:
+    """Options of a configuration as on a command line, where a switch such as `cpu: true` has no value."""
+    switches = {name for name, action in launcher._option_string_actions.items() if action.nargs == 0}
+    typed = []
+    for name, value in zip(of_file[::2], of_file[1::2], strict=True):
+        if name not in switches:
+            typed += [name, value]
+        elif value == "True":
+            typed.append(name)
+    return typed
 
 
 def tasks(arguments: list[str]) -> str:

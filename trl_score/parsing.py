@@ -42,6 +42,8 @@ class Parser(TrlParser):
             Options that have to be given; a tuple stands for one of several.
         more (`str`, *optional*):
             Last lines of the help.
+        launched (`bool`, *optional*, defaults to `False`):
+            Whether `accelerate launch` starts the command, whose options may stand in the configuration too.
     """
 
     def __init__(
@@ -51,12 +53,13 @@ class Parser(TrlParser):
         description: str | None = None,
         required: Iterable[str | tuple[str, ...]] = (),
         more: str = "",
+        launched: bool = False,
     ):
         super().__init__(
             tuple(kinds), prog=f"trl-score {command}", description=description, allow_abbrev=False, add_help=False
         )
         self.needed = [each if isinstance(each, tuple) else (each,) for each in required]
-        self.more = more
+        self.more, self.launched = more, launched
         self.add_argument("--config", metavar="FILE.yaml or NAME", default=argparse.SUPPRESS)
         self.add_argument("-h", "--help", nargs="?", const="", default=argparse.SUPPRESS, action=_Help)
         for action in self._actions:
@@ -80,7 +83,7 @@ class Parser(TrlParser):
         args = self._with_config(list(sys.argv[1:] if args is None else args))
         *parsed, of_file, of_line = super().parse_args_and_config(args, True, True, True)
         if not return_remaining_strings and fail_with_unknown_args:
-            self.refuse(of_file, "in the configuration")
+            self.refuse(of_file, "in the configuration", launch_options() if of_file and self.launched else ())
             self.refuse(of_line)
         for names in self.needed:
             if not any(getattr(each, name, None) is not None for each in parsed for name in names):
@@ -218,6 +221,13 @@ class _Formatter(argparse.HelpFormatter):
         if action.default in (None, False, argparse.SUPPRESS, "") or action.default == []:
             return text
         return f"{text} (default: {str(action.default).replace('%', '%%')})"
+
+
+def launch_options() -> set[str]:
+    """The options of `accelerate launch`, and TRL's for its configurations of accelerate."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return {*launch_command_parser()._option_string_actions, "--accelerate_config"}
 
 
 def configs() -> list[str]:

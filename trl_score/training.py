@@ -497,7 +497,7 @@ def train_parser(arguments: list[str], **kwargs) -> Parser:
     The parser of `trl-score train`. For the embedded task with its own model and without a configuration file, the defaults
     are `EMBEDDED`.
     """
-    parser = Parser((TrainArguments, TrainConfig, ModelConfig), "train", **kwargs)
+    parser = Parser((TrainArguments, TrainConfig, ModelConfig), "train", launched=True, **kwargs)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--task", "--model_name_or_path", "--config"):
         peek.add_argument(name)
