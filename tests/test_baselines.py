@@ -358,6 +358,15 @@ def test_checkpoints_of_unknown_settings_are_refused(interrupted):
         run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), args)
 
 
+def test_the_model_of_another_run_is_not_overwritten(sft):
+    folder = Path(sft.output_dir)
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("trained")
+    with pytest.raises(ValueError, match="holds the model of an earlier run, which a new run would overwrite"):
+        run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), sft)
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("model.safetensors", "trained")]
+
+
 def test_settings_may_change_before_the_first_checkpoint(interrupted, monkeypatch):
     """Rollouts have settings of their own, so that a training out of memory starts again with smaller batches."""
     args = interrupted("training_step", n=1)

@@ -248,6 +248,23 @@ def test_a_checkpoint_that_is_missing_is_said(tmp_path, asked, message):
             checkpoint_to_resume(config)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "adapter_model.safetensors", "score_run.json"]
+)
+def test_the_model_of_an_earlier_run_is_not_overwritten(run, tmp_path, name):
+    """It may have no checkpoints, and a LoRA adapter beside it would be evaluated as the old model."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text("trained")
+    with pytest.raises(SystemExit) as error:
+        run()
+    assert error.value.code == (
+        f"`output_dir='{folder}'` holds the model of an earlier run, which a new run would overwrite. Give another folder, or "
+        "remove this one."
+    )
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, "trained")]
+
+
 def test_examples_are_of_each_kind():
     def reward(completions, gold, **kwargs):
         return [None if text == "?" else float(text == right) for text, right in zip(completions, gold, strict=True)]

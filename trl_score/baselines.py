@@ -21,7 +21,7 @@ from .evaluation import evaluate_self_correction, table
 from .fingerprints import fingerprint, of_rows
 from .parsing import Parser
 from .records import check_folder, differences, disconnect, processes, strict_json
-from .resuming import checkpoints, last_whole_checkpoint, write_atomically
+from .resuming import check_no_model, checkpoints, has_model, last_whole_checkpoint, write_atomically
 from .rollout import save_rollout_settings
 from .sampling import checkpoint_identity, load_rendering
 from .score_config import check_bfloat16
@@ -136,13 +136,14 @@ def resume(output_dir: Path, settings: dict) -> dict:
     The result so far. The settings may change as long as nothing is trained, since rollouts are stored with their own.
 
     Raises:
-        `ValueError`: If the folder holds a baseline with other settings, or checkpoints of unknown settings.
+        `ValueError`: If the folder holds a baseline with other settings, checkpoints of unknown settings, or another run's model.
     """
     file, result = output_dir / RESULT, {"settings": settings, "iterations": [], "attempts_sampled": 0}
-    has_checkpoints = any(checkpoints(folder) for folder in (output_dir, *output_dir.glob("iteration-*")))
+    folders = (output_dir, *output_dir.glob("iteration-*"))
+    has_checkpoints = any(map(checkpoints, folders))
     if file.exists():
         before = json.loads(file.read_text("utf-8"))
-        if before["iterations"] or has_checkpoints:
+        if before["iterations"] or has_checkpoints or any(map(has_model, folders)):
             if changes := differences(before["settings"], settings):
                 raise ValueError(
                     f"`output_dir={str(output_dir)!r}` holds another baseline: {changes}. Take another folder."
@@ -153,6 +154,8 @@ def resume(output_dir: Path, settings: dict) -> dict:
             f"`output_dir={str(output_dir)!r}` holds checkpoints, but no {RESULT} that says with which settings they were "
             "trained. Take another folder."
         )
+    else:
+        check_no_model(output_dir)
     return result
 
 

@@ -32,6 +32,8 @@ from .objective import resolve_stage1_steps
 logger = get_logger(__name__)
 
 STATE_FILE = "score_state.json"
+# Of a trained model; the last one is written with its card.
+MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", "score_run.json")
 # With another value of one of these, stored rollouts have other shapes, tensors or weights than the loss expects.
 ROLLOUT_SETTINGS = (
     "per_device_train_batch_size",
@@ -149,6 +151,23 @@ def is_whole(folder: "str | os.PathLike") -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def has_model(folder: "str | os.PathLike") -> bool:
+    """Whether a run has saved its model in a folder."""
+    return any(any(Path(folder).glob(pattern)) for pattern in MODEL_FILES)
+
+
+def check_no_model(folder: "str | os.PathLike") -> None:
+    """
+    Raises:
+        `ValueError`: If an earlier run has saved its model in a folder, which a new run would overwrite.
+    """
+    if has_model(folder):
+        raise ValueError(
+            f"`output_dir={str(folder)!r}` holds the model of an earlier run, which a new run would overwrite. Give another folder, "
+            "or remove this one."
+        )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

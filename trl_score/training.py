@@ -25,7 +25,7 @@ from .metrics import label
 from .model_card import attempts_in, decoding_of, left_out, loaded_weights
 from .parsing import Parser
 from .records import check_folder, disconnect, strict_json
-from .resuming import checkpoints, is_whole
+from .resuming import check_no_model, checkpoints, is_whole
 from .score_config import SCoReConfig, lacks_bfloat16
 from .score_trainer import SCoReTrainer
 from .tasks import Arithmetic, Task
@@ -208,7 +208,8 @@ def checkpoint_to_resume(args: SCoReConfig) -> str | None:
     What `resume_from_checkpoint` says: a checkpoint's folder, or "true" for the last complete one in the output folder.
 
     Raises:
-        `SystemExit`: If there is no such checkpoint, or if nothing is said and the output folder has some, with one sentence.
+        `SystemExit`: If there is no such checkpoint, or if nothing is said and the output folder has some or a trained model,
+            with one sentence.
     """
     asked, folder = args.resume_from_checkpoint, Path(args.output_dir)
     found = [path for path in checkpoints(folder) if is_whole(path)]
@@ -225,6 +226,8 @@ def checkpoint_to_resume(args: SCoReConfig) -> str | None:
                 f"'{folder}' has checkpoints of an earlier run. Resume that run with `--resume_from_checkpoint true`, or "
                 "start a new one with another `--output_dir`."
             )
+        with in_one_line():
+            check_no_model(folder)
         return None
     if not is_whole(asked):
         sys.exit(

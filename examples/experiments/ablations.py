@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -147,7 +148,8 @@ def run(args, model: str, method: str, steps: int | None, seed: int, folder: Pat
     """Train, if it is not done, and evaluate."""
     done, start = folder / "seconds.json", time.time()
     if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left, which no training overwrites
+        folder.mkdir(parents=True)
         for command in commands(args, model, method, steps, seed, folder):
             with (folder / "log.txt").open("a") as log:
                 environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.num_parallel))}
