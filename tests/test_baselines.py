@@ -358,6 +358,48 @@ def test_checkpoints_of_unknown_settings_are_refused(interrupted):
         run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), args)
 
 
+@pytest.fixture
+def finished(sft, monkeypatch):
+    """A folder with a finished Pair-SFT whose fine-tuning was left out."""
+    monkeypatch.setattr(baselines, "fine_tune", lambda *args: 2)
+    result = run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), sft)
+    assert result == json.loads((Path(sft.output_dir) / "baseline.json").read_text())
+    return result
+
+
+def test_every_option_that_changes_the_weights_is_compared(finished, sft):
+    """Others may change, and an adapter of other options is not printed as the new result."""
+    harmless = {"logging_steps": 1, "save_strategy": "epoch", "report_to": "none", "per_device_eval_batch_size": 1}
+    harmless |= {"gradient_checkpointing": True, "run_name": "other", "eval_strategy": "no", "hub_token": "secret"}
+    assert run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), replace(sft, **harmless)) == finished
+    changed = {"gradient_accumulation_steps": 4, "weight_decay": 0.5, "max_grad_norm": float("inf"), "eos_token": "1"}
+    for model, changes, message in (
+        (ModelConfig(BASE, use_peft=True, lora_r=4), {}, "use_peft False instead of True, lora_r 16 instead of 4"),
+        *((ModelConfig(BASE), {name: value}, f"{name} .* instead of ") for name, value in changed.items()),
+    ):
+        with pytest.raises(ValueError, match=f"holds another baseline: {message}"):
+            run_baseline(model, TASK, arguments(**PAIRS), replace(sft, **changes))
+
+
+def test_a_folder_with_few_recorded_options_is_continued(finished, sft):
+    """As versions before wrote it: five options of the fine-tuning, and none of the model."""
+    file = Path(sft.output_dir) / "baseline.json"
+    few = {"learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed"}
+    training = baselines.training_options(sft, ModelConfig(BASE)).keys() - few - {"dtype"}
+    settings = {name: value for name, value in finished["settings"].items() if name not in training}
+    file.write_text(json.dumps(finished | {"settings": settings}))
+    assert run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), sft)["settings"] == settings
+    with pytest.raises(ValueError, match="holds another baseline: seed 42 instead of 1"):
+        run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), replace(sft, seed=1))
+
+
+def test_a_number_that_json_lacks_is_no_change(sft, monkeypatch):
+    monkeypatch.setattr(baselines, "fine_tune", lambda *args: 2)
+    args = replace(sft, max_grad_norm=float("inf"), model_init_kwargs={"dtype": torch.float32})
+    results = [run_baseline(ModelConfig(BASE), TASK, arguments(**PAIRS), args) for _ in range(2)]
+    assert results[0] == results[1]
+
+
 def test_the_model_of_another_run_is_not_overwritten(sft):
     folder = Path(sft.output_dir)
     folder.mkdir()

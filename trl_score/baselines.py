@@ -33,6 +33,13 @@ from .training import in_one_line, init_kwargs, interruptible
 
 
 RESULT = "baseline.json"
+# Beginnings of the names of options that change no weight of the model that is trained. All others are compared.
+WITHOUT_EFFECT = (
+    *("activation_", "gradient_checkpointing", "dataloader_num_workers", "dataloader_p", "dataset_num_proc"),
+    *("eval_", "per_device_eval_", "log", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "debug"),
+    *("save_", "push_to_hub", "hub_", "output_dir", "model_name_or_path", "resume_from_checkpoint", "do_"),
+    *("local_rank", "ddp_timeout"),
+)
 
 
 def run_baseline(
@@ -70,13 +77,13 @@ def run_baseline(
     output_dir, base = Path(args.output_dir), model_args.model_name_or_path
     how = loading(model_args, args, arguments.backend)
     tokenizer, rendering = load_rendering(base, None, arguments.chat_template_kwargs, **how)
-    sft = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
+    training = training_options(args, model_args)
     settings = {
+        **training,
         "model": base,
         **checkpoint_identity(base, **how),
         "data": fingerprint(of_rows(first(task.load("train"), arguments.num_train_problems))),
         **asdict(replace(arguments, chat_template_kwargs=rendering)),
-        **{name: getattr(args, name) for name in sft},
     }
     # Nothing that is trained depends on these, or `data` tells.
     for name in (
@@ -84,7 +91,7 @@ def run_baseline(
         *("dataset_train_split", "dataset_test_split"),
     ):
         del settings[name]
-    result = resume(output_dir, settings)
+    result = resume(output_dir, json.loads(strict_json(settings)), set(training))
     instruction = arguments.correction_instruction or task.correction_instruction
     options = {"plus": arguments.plus, "learn": arguments.learn, "max_per_problem": arguments.max_per_problem}
     for iteration in range(len(result["iterations"]) + 1, arguments.num_iterations + 1):
@@ -131,9 +138,17 @@ def run_baseline(
     return result
 
 
-def resume(output_dir: Path, settings: dict) -> dict:
+def training_options(args: SFTConfig, model_args: ModelConfig) -> dict:
+    """The options of TRL that the weights of the fine-tuned model depend on, as JSON has them."""
+    options = asdict(model_args) | args.to_dict() | {"eos_token": args.eos_token}  # `to_dict` hides all tokens
+    options = {name: value for name, value in options.items() if not name.startswith(WITHOUT_EFFECT)}
+    return json.loads(json.dumps(options, default=str))
+
+
+def resume(output_dir: Path, settings: dict, training: set[str]) -> dict:
     """
-    The result so far. The settings may change as long as nothing is trained, since rollouts are stored with their own.
+    The result so far. The settings may change as long as nothing is trained, since rollouts are stored with their own. Of the
+    options of `training`, a folder of an earlier version has only a few, and these are compared.
 
     Raises:
         `ValueError`: If the folder holds a baseline with other settings, checkpoints of unknown settings, or another run's model.
@@ -144,7 +159,7 @@ def resume(output_dir: Path, settings: dict) -> dict:
     if file.exists():
         before = json.loads(file.read_text("utf-8"))
         if before["iterations"] or has_checkpoints or any(map(has_model, folders)):
-            if changes := differences(before["settings"], settings):
+            if changes := differences(before["settings"], settings, training - before["settings"].keys()):
                 raise ValueError(
                     f"`output_dir={str(output_dir)!r}` holds another baseline: {changes}. Take another folder."
                 )
