@@ -461,6 +461,14 @@ def test_pair_sft_trains_an_adapter_once(sft):
     assert all(len(json.loads(line)["attempts"]) == 1 for line in lines)
 
 
+def test_an_adapter_names_the_revision_of_its_base_model(sft, monkeypatch):
+    made = []
+    monkeypatch.setattr(baselines, "ResumableSFTTrainer", lambda **given: made.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fine_tune(BASE, {"input_ids": [[1]]}, sft, ModelConfig(BASE, model_revision="old", use_peft=True))
+    assert made[0]["peft_config"].revision == made[0]["args"].model_init_kwargs["revision"] == "old"
+
+
 def test_a_held_out_problem_is_not_learnt_from(sft):
     with pytest.raises(ValueError, match="A problem of the test split is among those to learn from"):
         run_baseline(ModelConfig(BASE), TASK, arguments(), sft, held_out=TASK.load("train").select([59]))

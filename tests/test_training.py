@@ -5,19 +5,24 @@ import errno
 import itertools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from transformers import TrainerState
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, TrainerState
 from transformers.integrations import TensorBoardCallback
 from trl import ModelConfig
 
 from trl_score import CollapseAlarm, KeepBestCheckpoint, SCoReConfig, SCoReTrainer
 from trl_score import training as module
+from trl_score.fingerprints import of_checkpoint
 from trl_score.records import check_folder
 from trl_score.reward_errors import graded
+from trl_score.sampling import TransformersSampler
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 from trl_score.training import (
@@ -263,6 +268,40 @@ def test_the_model_of_an_earlier_run_is_not_overwritten(run, tmp_path, name):
         "remove this one."
     )
     assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, "trained")]
+
+
+def test_an_adapter_and_its_card_name_the_revision_of_the_base_model(arithmetic_config, tmp_path, monkeypatch):
+    """It is evaluated on that revision, whatever was pushed to `main` since; in a folder and at a revision of its own on the Hub."""
+
+    def in_cache(name, folder, branch, commit):
+        repository = tmp_path / f"models--me--{name}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+        return repository / "snapshots" / commit
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    in_cache("tiny", BASE, "old", "1" * 40)
+    weights = in_cache("tiny", BASE, "main", "2" * 40) / "model.safetensors"
+    save_file({name: value * 2 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+
+    task = Arithmetic(num_train=16)
+    config = SCoReConfig(**arithmetic_config | {"max_steps": 1, "stage1_steps": 0, "save_strategy": "no"})
+    lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+    train(task.load("train"), None, task.reward, config, ModelConfig("me/tiny", model_revision="old", **lora))
+
+    card = Path(config.output_dir, "README.md").read_text()
+    assert "model_revision: old" in card and "| base model | me/tiny, revision old |" in card
+    in_cache("adapter", config.output_dir, "trained", "3" * 40)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    for name, where in ((config.output_dir, {}), ("me/adapter", {"revision": "trained"})):
+        assert of_checkpoint(name, **where).endswith(f" on {'1' * 40}")
+        loaded, embedding = (
+            TransformersSampler(name, tokenizer, **where).model.state_dict(),
+            "model.embed_tokens.weight",
+        )
+        assert torch.equal(loaded[embedding], load_file(Path(BASE, "model.safetensors"))[embedding])
+        assert any("lora_" in each for each in loaded)
 
 
 def test_examples_are_of_each_kind():

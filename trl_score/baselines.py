@@ -230,12 +230,15 @@ def fine_tune(model: str, dataset: Dataset, args: SFTConfig, model_args: ModelCo
             "Set it higher, or to None."
         )
     args.model_init_kwargs = init_kwargs(args, model_args)
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        peft_config.revision = args.model_init_kwargs["revision"]  # saved with the adapter
     trainer = ResumableSFTTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
     )
     checkpoint = last_whole_checkpoint(args.output_dir)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -149,7 +149,7 @@ def load_generation_config(name: str, **kwargs) -> GenerationConfig | None:
             Arguments of `from_pretrained`: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`.
     """
     where = hub_arguments(kwargs)
-    name = base_of_adapter(name, **where) or name
+    name, where = base_of_adapter(name, **where) or (name, where)
     try:
         return GenerationConfig.from_pretrained(name, **where)
     except OSError:  # it has no such file

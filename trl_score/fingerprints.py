@@ -102,7 +102,8 @@ def of_checkpoint(name: str, **kwargs) -> str:
     own = " ".join([own, *(f"{name}={value}" for name, value in chosen.items())])
     if base is None:
         return own
-    return f"{own} on {of_checkpoint(base, **{name: value for name, value in where.items() if name != 'subfolder'})}"
+    base, where = base
+    return f"{own} on {of_checkpoint(base, **where)}"
 
 
 def hub_arguments(kwargs: dict) -> dict:
@@ -110,15 +111,24 @@ def hub_arguments(kwargs: dict) -> dict:
     return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
 
 
-def base_of_adapter(name: str, **where) -> str | None:
-    """Name of the base model of an adapter; `None` for a whole model."""
+def base_of_adapter(name: str, **where) -> tuple[str, dict] | None:
+    """
+    The base model of an adapter and the arguments that say which of its files are meant; `None` for a whole model. Its revision is
+    the one that the adapter was trained on, if the adapter names it.
+    """
     folder = Path(name, where.get("subfolder", ""))
     if folder.is_dir():
         file = folder / "adapter_config.json"
         file = file if file.exists() and not (folder / "config.json").exists() else None
     else:
         file = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **where)
-    return None if file is None else json.loads(Path(file).read_text("utf-8"))["base_model_name_or_path"]
+    if file is None:
+        return None
+    config = json.loads(Path(file).read_text("utf-8"))
+    where = {name: value for name, value in where.items() if name != "subfolder"}
+    if config.get("revision") is not None:
+        where["revision"] = config["revision"]
+    return config["base_model_name_or_path"], where
 
 
 def _of_folder(folder: Path) -> str:

@@ -278,6 +278,12 @@ def adapter_of(trainer: "SCoReTrainer") -> PeftConfig | None:
     return getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
 
 
+def revision_of(config: "SCoReConfig") -> str | None:
+    """The revision of the base model, if not `main`."""
+    revision = (config.model_init_kwargs or {}).get("revision")
+    return None if revision == "main" else revision
+
+
 def quantization_of(trainer: "SCoReTrainer") -> dict:
     """How the weights under an adapter are quantized; empty if they are not."""
     found = getattr(trainer.model.config, "quantization_config", None) or {}
@@ -296,6 +302,8 @@ def settings_of(trainer: "SCoReTrainer", base_model: str | None) -> dict[str, st
     """
     config, state, found = trainer.args, trainer.state, {}
     found["base model"] = base_model or "a local model"
+    if base_model and (revision := revision_of(config)):
+        found["base model"] += f", revision {revision}"
     if trainer.task:
         number = f", {len(trainer.train_dataset)} problems" if hasattr(trainer.train_dataset, "__len__") else ""
         found["task (training split)"] = f"{trainer.task}{number}"
@@ -387,6 +395,8 @@ def command_of(trainer: "SCoReTrainer", base_model: str | None) -> dict:
         found["eval_task"] = trainer.eval_task
     if base_model:
         found["model_name_or_path"] = base_model
+        if revision := revision_of(config):
+            found["model_revision"] = revision
     if dtype := (config.model_init_kwargs or {}).get("dtype"):
         found["dtype"] = str(dtype).removeprefix("torch.")
     if (adapter := adapter_of(trainer)) is not None and hasattr(adapter, "r"):

@@ -179,6 +179,10 @@ class TransformersSampler(TokenSampler):
             check_dtype(kwargs)
             tokenizer, chat_template_kwargs = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
             kwargs.setdefault("device_map", self._device_map())
+            if (base := fingerprints.base_of_adapter(model, **hub_arguments(kwargs))) is not None:
+                # transformers takes one revision for both, and does not read the one that the adapter names.
+                kwargs["adapter_kwargs"] = {"revision": kwargs.get("revision")}
+                kwargs["revision"] = base[1].get("revision")
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
             warn_of_emulated_bfloat16(model)
         else:

@@ -196,6 +196,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self.schedule = schedule
         check_base(model, peft_config, args)
         revision = loading.get("revision") if isinstance(model, str) else None
+        if peft_config is not None and revision is not None:
+            peft_config.revision = revision  # saved with the adapter, for those who load its base model
         processing_class = trainer_tokenizer(
             processing_class, model, name, revision=revision, trust_remote_code=args.trust_remote_code
         )
