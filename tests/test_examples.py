@@ -168,7 +168,8 @@ def test_programs_on_real_problems(tmp_path, chat_model, eval_task):
     assert "4 held-out problems" in done.stdout and "You are an expert Python programmer" in done.stdout
     card = (tmp_path / "README.md").read_text()
     assert "0.25" in card  # stage1_beta of the paper's MBPP column
-    assert f"4 problems of the task `{eval_task}` (test split)" in card and "| mbpp, 464 problems |" in card
+    assert f"problems of the task `{eval_task}` (test split)" in card and "| mbpp, 464 problems |" in card
+    assert re.search(r"^\| 0 \| 4 \| .*\n\| \d+ \| 4 \| ", card, re.M)  # optimizer steps, problems
 
 
 def test_programs_need_consent(tmp_path, chat_model):
