@@ -16,11 +16,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # they share the cores
 import pytest
 
 
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores, as tests wait: for a launcher, a sleeping program, a worker that starts."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_finish():
     """Each training collects garbage. The million objects of the imported modules are none, so they need no look."""
     gc.collect()

@@ -585,6 +585,15 @@ def test_lists_of_an_object_change_where_the_object_is(any_sandbox, program, tes
     assert found.passed, found
 
 
+def test_a_list_of_a_property_may_be_changed(any_sandbox):
+    """It is the caller's own, so nothing is written back; where it is not, the tests cannot tell."""
+    own = "class S:\n    @property\n    def items(self): return [1, 2]\n    def size(self): return 2"
+    assert verdict(any_sandbox, own, "s = S()\nx = s.items\nx.reverse()\nassert x == [2, 1] and s.size() == 2").passed
+    shared = "class S:\n    def __init__(self): self._x = []\n    @property\n    def items(self): return self._x"
+    found = verdict(any_sandbox, shared, "s = S()\ns.items.append(1)\nassert s.items == [1]")
+    assert not found.passed and "`items` was changed by the other side, and cannot be set" in found.unsupported
+
+
 # --- consent, errors, housekeeping ---
 
 

@@ -21,6 +21,7 @@ import decimal
 import fractions
 import functools
 import io
+import itertools
 import json
 import math
 import operator
@@ -41,6 +42,7 @@ MAX_DEPTH = 200  # levels of nesting
 MAX_FRAME = 16 << 20  # bytes of one message
 MAX_TEXT = 2000  # characters of an error's text
 MAX_ERROR = 20_000  # characters of an error's arguments and class, as they are sent
+MAX_WATCHED = 1000  # objects in a list or dictionary that is written back when it changes
 MAX_PRINTED = 1 << 20  # bytes that a program prints before the rest is thrown away
 CHANGED = "the program changed an argument: that reaches the tests only with `mutable_arguments=True`"
 ENDS_OF_LOOPS = (StopIteration, StopAsyncIteration, GeneratorExit)
@@ -551,7 +553,8 @@ class Peer:
         self.write_back()
         value = self.answer_of({"do": operation, "with": self.pack(arguments), "named": self.pack(named)})
         if operation == "getattr" and type(value) in remote.CONTAINERS:
-            self.read.append([*arguments, value, list(_flat(value))])
+            if len(before := list(itertools.islice(_flat(value), MAX_WATCHED + 1))) <= MAX_WATCHED:
+                self.read.append([*arguments, value, before])
         return value
 
     def write_back(self) -> None:
@@ -561,7 +564,10 @@ class Peer:
             now = list(_flat(value))
             if len(now) != len(before) or not all(map(operator.is_, now, before)):
                 entry[-1] = now
-                self.answer_of({"do": "setattr", "with": self.pack((target, name, value)), "named": self.pack({})})
+                try:
+                    self.answer_of({"do": "setattr", "with": self.pack((target, name, value)), "named": self.pack({})})
+                except Exception:  # a property, an attribute of a frozen dataclass
+                    self.doubt(f"`{name}` was changed by the other side, and cannot be set")
 
     def answer_of(self, request: dict):
         with self.lock:
