@@ -510,12 +510,12 @@ def test_processes_stop_together_at_a_row_that_is_too_long():
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
     check = ContextCheck(30, 8, Bridge(tokenizer))
     prompt = [{"role": "user", "content": "1"}]
-    batch = [prompt], [[1, 2, 3]], lambda attempt: ["2"], 2, [None]
+    batch = [[1, 2, 3]], check.bridge.by_row([prompt], lambda attempt: ["2"]), 2, [None]
     check.check_batch(*batch)
     with pytest.raises(ValueError, match=r"\(a row of another process\).* need 31"):
         check.check_batch(*batch, largest=lambda number: 31)
     with pytest.raises(ValueError, match="a stored first attempt of up to 20 tokens, 1 more of up to 8"):
-        check.check_batch(*batch[:4], [[1] * 20])
+        check.check_batch(*batch[:3], [[1] * 20])
 
 
 # Tokenizers

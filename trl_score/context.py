@@ -65,17 +65,10 @@ class ContextCheck:
     def __init__(self, limit: int | None, max_completion_length: int, bridge: Bridge):
         self.limit, self.max_completion_length, self.bridge = limit, max_completion_length, bridge
 
-    def bridge_tokens(self, prompts: list, instructions: Callable[[int], list[str]], num_attempts: int) -> list[int]:
-        """Tokens of all bridges of each rollout."""
-        empty = [[] for _ in prompts]
-        each = [self.bridge(prompts, instructions(attempt), attempt, empty) for attempt in range(1, num_attempts)]
-        return [sum(map(len, row)) for row in zip(*each, strict=True)] if each else [0] * len(prompts)
-
     def check_batch(
         self,
-        prompts: list,
         prompt_ids: list[list[int]],
-        instructions: Callable[[int], list[str]],
+        bridge: Callable[[int, int, list[int]], list[int]],
         num_attempts: int,
         stored: list[list[int] | None],
         largest: Callable[[int], int] = int,
@@ -84,10 +77,10 @@ class ContextCheck:
         Check a batch of rollouts.
 
         Args:
-            prompts, prompt_ids (`list`):
-                `B` prompts and their tokens.
-            instructions (`Callable[[int], list[str]]`):
-                The `B` correction instructions after attempt `attempt`, from 1.
+            prompt_ids (`list[list[int]]`):
+                Tokens of the `B` prompts.
+            bridge (`Callable[[int, int, list[int]], list[int]]`):
+                Their bridges: [`~trl_score.rollout.Bridge.by_row`].
             num_attempts (`int`):
                 Attempts in a rollout.
             stored (`list[list[int] | None]`):
@@ -99,10 +92,15 @@ class ContextCheck:
         if self.limit is None:
             return
         others = (num_attempts - 1) * self.max_completion_length
-        bridges = self.bridge_tokens(prompts, instructions, num_attempts)
         rollouts = [
-            _Rollout(f"row {row} of a batch", len(ids), self._longest(own), others, between)
-            for row, (ids, own, between) in enumerate(zip(prompt_ids, stored, bridges, strict=True))
+            _Rollout(
+                f"row {row} of a batch",
+                len(ids),
+                self._longest(own),
+                others,
+                _bridge_tokens(bridge, row, num_attempts),
+            )
+            for row, (ids, own) in enumerate(zip(prompt_ids, stored, strict=True))
         ]
         longest = max(rollouts, key=lambda rollout: rollout.needed)
         most = largest(longest.needed)
@@ -166,8 +164,7 @@ class ContextCheck:
         row = dataset[0]
         if is_conversational(row):
             check_chat_template(self.bridge.tokenizer)
-        own = row.get("correction_instruction") or instruction
-        self.bridge_tokens([row["prompt"]], lambda attempt: [own], num_attempts)
+        self._bridge_tokens_of(row["prompt"], row.get("correction_instruction") or instruction, num_attempts)
         if self.limit is None:
             return
         rollouts = self._rollouts(name, dataset, tokenize, instruction, num_attempts, first_attempt)
@@ -196,9 +193,12 @@ class ContextCheck:
             own = row.get("correction_instruction") or instruction
             # Hardly any template makes the bridges depend on the prompt. Each batch is checked to the token.
             if own not in between:
-                [between[own]] = self.bridge_tokens([row["prompt"]], lambda attempt, own=own: [own], num_attempts)
+                between[own] = self._bridge_tokens_of(row["prompt"], own, num_attempts)
             first = self.max_completion_length if first_attempt is None else first_attempt(row)
             yield _Rollout(f"row {index} of `{name}`", length, first, others, between[own])
+
+    def _bridge_tokens_of(self, prompt: str | list[dict], instruction: str, num_attempts: int) -> int:
+        return _bridge_tokens(self.bridge.by_row([prompt], lambda attempt: [instruction]), 0, num_attempts)
 
     def _refuse(self, rollout: _Rollout, needed: int, num_attempts: int, more: str = ""):
         length = self.max_completion_length
@@ -212,6 +212,11 @@ class ContextCheck:
             f"{attempts} and {rollout.bridges} tokens of correction instructions need {needed}.{more} Lower "
             "`max_completion_length`, shorten the correction instruction, or drop the longest rows."
         )
+
+
+def _bridge_tokens(bridge: Callable[[int, int, list[int]], list[int]], row: int, num_attempts: int) -> int:
+    """Tokens of all bridges of a rollout."""
+    return sum(len(bridge(attempt, row, [])) for attempt in range(1, num_attempts))
 
 
 def _with_lengths(dataset: Dataset, tokenize: Callable) -> Iterator[tuple[dict, int]]:

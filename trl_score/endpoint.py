@@ -7,6 +7,7 @@ from huggingface_hub import InferenceClient
 
 from .decoding import Decoding
 from .sampler import Attempt, Sampler, for_each_prompt
+from .tasks.base import first_line
 
 
 class EndpointSampler(Sampler):
@@ -97,9 +98,8 @@ class EndpointSampler(Sampler):
             return self.client.chat_completion(messages, **kwargs)
         # Of the Hub's client or of the library below it, which is another one in other versions.
         except Exception as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OSError(
-                f"The endpoint ({self.where}) did not answer for the model '{self.name}': {said}. Check that it runs, that its "
+                f"The endpoint ({self.where}) did not answer for the model '{self.name}': {first_line(error)}. Check that it runs, that its "
                 "address is right (`base_url`, which often ends with /v1), and that it serves this model."
             ) from error
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .jobs import Plan, sample_rollouts
-from .metrics import bootstrap_intervals, mcnemar, metric, self_correction_values
+from .metrics import bootstrap_intervals, mcnemar, metric, not_graded, self_correction_values
 from .records import SUMMARY, load_rollouts
 from .tasks import Task
 
@@ -239,8 +239,7 @@ def _size(evaluation: Evaluation) -> str:
 
 def left_out(evaluation: Evaluation) -> str:
     """How many rollouts could not be graded, in brackets; nothing if all could."""
-    ungraded = evaluation.summary.get("num_ungraded", 0)
-    return f" ({ungraded} not graded)" if ungraded else ""
+    return not_graded(evaluation.summary.get("num_ungraded", 0))
 
 
 def _decoding(evaluation: Evaluation) -> str:

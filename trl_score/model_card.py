@@ -24,7 +24,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ._version import __version__
 from .callbacks import BEST, loaded_step
-from .metrics import bootstrap_intervals, label, metric
+from .metrics import bootstrap_intervals, label, metric, not_graded
 from .records import strict_json
 from .tasks import TASKS, Arithmetic, MathTask
 from .tasks.math import math_prompt
@@ -114,7 +114,7 @@ def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[tuple[str, 
         found[name] = {}
         for log in trainer.state.log_history:
             has_verdicts = all(log.get(f"{prefix}_{each}") is not None for each in needed)
-            if has_verdicts and attempts_in(log, prefix) == num_attempts:
+            if has_verdicts and attempts_in(log, f"{prefix}_") == num_attempts:
                 is_one_each = log.get(f"{prefix}_num_rollouts") == log.get(f"{prefix}_num_problems")
                 num_graded = log.get(f"{prefix}_num_graded") if is_one_each else None
                 loaded = log.get(f"{prefix}_loaded_step")
@@ -124,15 +124,14 @@ def evaluations_of(trainer: "SCoReTrainer") -> dict[str | None, dict[tuple[str, 
     return {name: rows for name, rows in found.items() if rows}
 
 
-def attempts_in(log: dict, prefix: str) -> int:
-    """How many attempts an evaluation had. A run can be resumed with another number; then its evaluations are not comparable."""
-    return sum(key.startswith(f"{prefix}_accuracy_t") for key in log)
+def attempts_in(log: dict, prefix: str = "") -> int:
+    """How many attempts the rollouts of a log had. A run can be resumed with another number; then evaluations are not comparable."""
+    return sum(key.startswith(f"{prefix}accuracy_t") for key in log)
 
 
 def left_out(log: dict, prefix: str) -> str:
     """How many rollouts of an evaluation could not be graded, in brackets; nothing if all could, or if it is not known."""
-    ungraded = log.get(f"{prefix}_num_rollouts", 0) - log.get(f"{prefix}_num_graded", 0)
-    return f" ({ungraded} not graded)" if ungraded else ""
+    return not_graded(log.get(f"{prefix}_num_rollouts", 0) - log.get(f"{prefix}_num_graded", 0))
 
 
 def tables(evaluations: dict[str | None, dict[tuple[str, str], dict]]) -> str | None:

@@ -36,7 +36,7 @@ from .generation import AllAttempts, can_generate_all, contiguous_head
 from .records import processes
 from .rollout import Bridge, Rollouts, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
 from .sampler import Attempt, Sampler, for_each_prompt
-from .tasks.base import text_of
+from .tasks.base import first_line, text_of
 
 
 class TokenSampler(Sampler):
@@ -122,20 +122,17 @@ class TokenSampler(Sampler):
     def sample(
         self, prompts: list, instructions: list[str | list[str]], decoding: Decoding, seed: int, given: int = 0
     ) -> list[list[Attempt]]:
-        number, bridge = len(instructions) + 1, self.bridge
+        number, template = len(instructions) + 1, self.bridge
         prompt_ids = [self.tokenize(prompt) for prompt in prompts]
-
-        def turns(attempt: int) -> list[str]:
-            return for_each_prompt(instructions[attempt - 1], len(prompts))
-
-        if not self._warned_of_context:  # the longest prompts come first
+        bridge = template.by_row(prompts, lambda attempt: for_each_prompt(instructions[attempt - 1], len(prompts)))
+        if not self._warned_of_context:
             try:
-                context = ContextCheck(self.context_limit, decoding.max_completion_length, bridge)
-                context.check_batch(prompts, prompt_ids, turns, number, [None] * len(prompts))
+                context = ContextCheck(self.context_limit, decoding.max_completion_length, template)
+                context.check_batch(prompt_ids, bridge, number, [None] * len(prompts))
             except ContextTooShort as error:
                 self._warned_of_context = True
                 warnings.warn(f"{error} What stands beyond the context is sampled all the same.", stacklevel=2)
-        rollouts = self.roll_out(prompt_ids, bridge.by_row(prompts, turns), number, decoding, seed + 1 + given)
+        rollouts = self.roll_out(prompt_ids, bridge, number, decoding, seed + 1 + given)
         texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(number)]
         return [
             [
@@ -389,7 +386,7 @@ def open_model(
             tokenizer, chat_template_kwargs = load_rendering(model, tokenizer, chat_template_kwargs, **kwargs)
         except OSError as error:
             raise OSError(
-                f"The model '{model}' is not available: {str(error).splitlines()[0]} Give a folder or a Hub id."
+                f"The model '{model}' is not available: {first_line(error)} Give a folder or a Hub id."
             ) from error
         tokenizer = with_end_token(tokenizer, load_generation_config(model, **kwargs), model)
         shared |= {

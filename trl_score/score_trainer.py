@@ -364,9 +364,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         open_trackio(self)
         batch = self._batch
         prompt_ids = self._prompt_ids(prompts)
-        self._context.check_batch(
-            prompts, prompt_ids, lambda attempt: batch.instructions, batch.num_attempts, batch.stored, self._largest
-        )
+        bridge = self._bridge.by_row(prompts, lambda attempt: batch.instructions)
+        self._context.check_batch(prompt_ids, bridge, batch.num_attempts, batch.stored, self._largest)
 
         with trainer_decoding(self, batch.mode):
             generate = self._generate_all if self._generates_all else self._generate_each

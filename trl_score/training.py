@@ -30,7 +30,7 @@ from .score_config import SCoReConfig, lacks_bfloat16
 from .score_trainer import SCoReTrainer
 from .tasks import Arithmetic, Task
 from .tasks.arithmetic import BASE_MODEL_PATH
-from .tasks.base import first, text_of
+from .tasks.base import first, first_line, text_of
 from .tasks.dataset import DatasetTask
 
 
@@ -163,7 +163,7 @@ def labels_of(num_attempts: int) -> dict[str, str]:
 def line_of(step: int, logs: dict) -> str:
     """A log in one line: shares in percent, KL in nats per token, tokens sampled so far, seconds per step."""
     parts = [f"step {step:>5}", f"stage {logs['stage']:.0f}"]
-    labels = labels_of(sum(key.startswith("accuracy_t") for key in logs))
+    labels = labels_of(attempts_in(logs))
     parts += [f"{name} {percent(logs[key]):5.1f}" for key, name in labels.items() if key in logs]
     if "kl" in logs:
         parts.append(f"KL {logs['kl']:.4f}")
@@ -368,7 +368,7 @@ def train(
             callbacks=[CollapseAlarm()] if callbacks is None else callbacks,
         )
     except OSError as error:
-        sys.exit(f"The model '{model_args.model_name_or_path}' cannot be loaded: {str(error).splitlines()[0]}")
+        sys.exit(f"The model '{model_args.model_name_or_path}' cannot be loaded: {first_line(error)}")
     except ValueError as error:
         if os.environ.get("TRL_SCORE_TRACEBACK"):
             raise
@@ -440,7 +440,7 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
     if not trainer.is_world_process_zero():
         return
     num_attempts = trainer.args.num_attempts_eval
-    evaluations = [log for log in trainer.state.log_history if attempts_in(log, "eval") == num_attempts]
+    evaluations = [log for log in trainer.state.log_history if attempts_in(log, "eval_") == num_attempts]
     shown = first, last = evaluations[0], evaluations[-1]
     labels = labels_of(num_attempts)
     table = {label: [percent(log[f"eval_{name}"]) for log in shown] for name, label in labels.items()}

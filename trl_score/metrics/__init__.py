@@ -226,3 +226,8 @@ def metric(name: str) -> Metric:
 def label(name: str) -> str:
     """A metric's name as the paper writes it."""
     return metric(name).label
+
+
+def not_graded(number: int) -> str:
+    """How many rollouts a number of problems leaves out, for the text behind it."""
+    return f" ({number} not graded)" if number else ""
