@@ -12,7 +12,7 @@ import pytest
 
 from trl_score.records import Store
 from trl_score.report import COLORS, find, training_figure, write_report
-from trl_score.report.figures import attempts_figure, figures, smoothed, stage_boundaries, style
+from trl_score.report.figures import attempts_figure, figures, scaling_figure, smoothed, stage_boundaries, style, svg
 from trl_score.report.mathematics import formulas
 from trl_score.report.page import browser_data
 from trl_score.report.tables import paired_difference, statistics_rows
@@ -319,6 +319,26 @@ def test_forty_lines_look_different_and_every_evaluation_has_one(tmp_path):
     widths = {line.get_label(): line.get_linewidth() for line in figure.axes[0].lines}
     assert len(widths) == 13 and widths.pop("my-score") > max(widths.values())
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(found.evaluations)
+
+
+@pytest.mark.parametrize("name", [r"$\undefined$", "$x_$", "_mine", "a$b"])
+def test_names_are_no_formulas_and_are_in_the_legend(tmp_path, name):
+    save_evaluation(tmp_path / "one", f"me/{name}", [[False, True]])
+    save_evaluation(tmp_path / "two", "me/other", [[False, True]])
+    entry = {"value": 0.5, "low": 0.4, "high": 0.6}
+    study = {"settings": {"model": f"me/{name}"}, "budgets": [{"budget": 2, "parallel": entry, "corrected": entry}]}
+    (tmp_path / "scaling.json").write_text(json.dumps(study))
+    made = figures(find([tmp_path]))
+    assert made.keys() == {"attempts", "edit-distance", "scaling"}
+    for _, _, figure in made.values():
+        drawn = svg(figure)
+        assert re.search(rf">\s*{re.escape(name)}", drawn)
+
+
+def test_a_study_without_a_graded_problem_is_drawn_without_a_value():
+    nothing = {"value": None, "low": None, "high": None}
+    budgets = [{"budget": budget, "parallel": nothing, "corrected": nothing} for budget in (2, 4)]
+    assert "samples per problem" in svg(scaling_figure({"model": budgets}))
 
 
 # --- statistics ---

@@ -172,7 +172,7 @@ def edit_distance_figure(evaluations: dict[str, Evaluation], emphasized: set[str
         weights, drawn = np.full(len(ratios), 1 / max(len(ratios), 1)), style(number, name in emphasized)
         if len(evaluations) <= MOST_LEGEND_ENTRIES:
             axes.hist(ratios, bins, weights=weights, histtype="stepfilled", alpha=0.2, color=drawn["color"])
-        axes.hist(ratios, bins, weights=weights, histtype="step", label=name, **drawn)
+        axes.hist(ratios, bins, weights=weights, histtype="step", label=_literal(name), **drawn)
     axes.set(xlabel="edit distance over the sum of the lengths", ylabel="share of pairs", xlim=(0, 1))
     _legend(figure, axes)
     return figure
@@ -182,6 +182,7 @@ def scaling_figure(scalings: dict[str, list[dict]], emphasized: set[str] = froze
     """Accuracy of a vote over the number of samples (Section 6.2), with 95 % intervals."""
     ways = {"parallel": "first attempts", "corrected": "corrected attempts"}
     figure, axes = _axes([f"{name}: {how}" for name in scalings for how in ways.values()])
+    axes.set_xscale("log", base=2)  # before the lines: without a value to draw it would have no ticks
     number = 0
     for name, budgets in scalings.items():
         for kind, how in ways.items():
@@ -189,7 +190,6 @@ def scaling_figure(scalings: dict[str, list[dict]], emphasized: set[str] = froze
             drawn = style(number, name in emphasized and kind == "corrected")
             _line(axes, [row["budget"] for row in budgets], found, f"{name}: {how}", drawn, True)
             number += 1
-    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="samples per problem", ylabel="accuracy of the vote, %")
     _legend(figure, axes)
@@ -230,11 +230,16 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 85 else f"{name[:40]} .. {name[-40:]}"
 
 
+def _literal(name: str) -> str:
+    """A name as matplotlib shows it as it is: a dollar begins no formula, and an underscore does not hide it from the legend."""
+    return re.sub("^_", " _", name.replace("$", r"\$"))
+
+
 def _line(axes: Axes, x, found: list[dict], name: str, drawn: dict, band: bool) -> None:
     values, low, high = (
         [np.nan if entry[key] is None else 100 * entry[key] for entry in found] for key in ("value", "low", "high")
     )
-    axes.plot(x, values, marker="o", markersize=3, label=name, **drawn)
+    axes.plot(x, values, marker="o", markersize=3, label=_literal(name), **drawn)
     if band:
         axes.fill_between(x, low, high, color=drawn["color"], alpha=0.15, linewidth=0)
 
