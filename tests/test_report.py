@@ -24,12 +24,12 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> {{ 7 * 7 }} \u2028 \x00 \ud800"
 
 
-def save_evaluation(folder, model, verdicts, texts=None, **more):
+def save_evaluation(folder, model, verdicts, texts=None, problems=None, **more):
     settings = {
         "model": model, "task": "arithmetic", "split": "test", "temperature": 0.0, "top_p": 1.0, "num_attempts": 2,
         "num_samples": 1, "max_completion_length": 8, **more,
     }  # fmt: skip
-    store = Store(folder, settings | {"weights": "1"}, [str(i) for i in range(len(verdicts))])
+    store = Store(folder, settings | {"weights": "1"}, problems or [str(i) for i in range(len(verdicts))])
     store.add(
         [
             {
@@ -361,6 +361,20 @@ def test_the_difference_to_the_base_is_paired_by_problem(tmp_path):
     assert width < 0.4 * (alone["high"] - alone["low"])
     text = re.sub(r"<[^>]+>", " ", write_report([tmp_path], tmp_path / "report.html").read_text("utf-8"))
     assert re.search(r"Difference to base.*Accuracy@t2\s+\+3\.3\s+\[0\.0, 10\.0\]", text, re.S)
+
+
+def test_a_problem_that_the_data_hold_several_times_counts_as_often_in_every_table(tmp_path):
+    """One problem four times and another one once: 0 of 5 are right, then 4 of 5, so the difference is 0.8 and not 0.5."""
+    problems = ["p", "p", "p", "p", "q"]
+    save_evaluation(tmp_path / "base", "me/base", [[False, False]] * 5, problems=problems)
+    save_evaluation(tmp_path / "other", "me/other", [[True, True]] * 4 + [[False, False]], problems=problems)
+    evaluations = find([tmp_path]).evaluations
+    base, other = evaluations.values()
+    found, number = paired_difference(base, other)
+    assert number == 5 and found["accuracy_t2"]["value"] == pytest.approx(0.8)
+    assert found["accuracy_t2"]["value"] == pytest.approx(other.summary["metrics"]["accuracy_t2"]["value"])
+    error = next(row for row in statistics_rows(evaluations) if row.label == "standard error of Accuracy@t2")
+    assert [cell for cell, _ in error.cells] == ["0.0", "20.0"]
 
 
 def test_statistics_have_pass_at_k_clusters_and_the_power(tmp_path):

@@ -1,6 +1,6 @@
 """The tables of a report: a heading and cells of text for each row, evaluations or runs side by side."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,12 +80,24 @@ def _decoding(evaluation: Evaluation) -> str:
 # --- differences between models ---
 
 
+def problem_names(evaluation: Evaluation) -> dict[int, str]:
+    """For each problem its fingerprint; one that the data hold several times is told apart by a number, as it counts several times."""
+    found, seen = {}, Counter()
+    for row in evaluation.rollouts:
+        if row["index"] not in found:
+            problem = row.get("problem", str(row["index"]))
+            seen[problem] += 1
+            found[row["index"]] = f"{problem} {seen[problem]}"
+    return found
+
+
 def problem_values(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """The metrics of Section 3 of each problem, the mean of its samples: by metric, then by the problem's fingerprint."""
+    """The metrics of Section 3 of each problem, the mean of its samples: by metric, then by the problem's name."""
     graded = [row for row in evaluation.rollouts if None not in row["correct"]]
     if not graded:
         return {}
-    problems = [row.get("problem", str(row["index"])) for row in graded]
+    names = problem_names(evaluation)
+    problems = [names[row["index"]] for row in graded]
     values = self_correction_values(torch.tensor([row["correct"] for row in graded], dtype=torch.float64))
     found = {}
     for name, column in values.items():
@@ -191,7 +203,8 @@ def _statistics(evaluation: Evaluation) -> dict[str, str]:
         return {}
     attempts = len(rows[0]["correct"])
     last, delta = f"accuracy_t{attempts}", f"delta_t1_t{attempts}"
-    first_row = {row.get("problem", str(row["index"])): row for row in reversed(rows)}
+    names = problem_names(evaluation)
+    first_row = {names[row["index"]]: row for row in reversed(rows)}
     percent, result = metric("accuracy").number, {}
     for name in (last, delta):
         each = list(values[name].values())
