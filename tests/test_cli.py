@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -186,6 +187,17 @@ def test_errors_are_one_line_and_have_an_exit_code(tmp_path, capfd, arguments, c
     assert returned == code, errors
     last = [line for line in errors.splitlines() if line.startswith(("trl-score", "Unknown"))][-1]
     assert last.startswith(message) and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["configs"], ["configs", "--help"]])
+def test_a_reader_that_has_read_enough_is_no_error(arguments, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def run_here(arguments, capfd):

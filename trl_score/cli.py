@@ -272,18 +272,33 @@ def usage() -> str:
     )
 
 
+def say(text: str = "", end: str = "\n") -> None:
+    """Print, to a reader that may have read enough and gone, as `head` does."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:  # Python would notice it again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """
     Run a command. Returns its exit code: 0; 1 for an error, reported in one line; 2 for wrong arguments; 3 if `check` advises
     against training; 130 after Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        say(end="")  # what a parser printed may be in a buffer still
+
+
+def run(arguments: list[str]) -> int:
+    """[`main`] with the arguments of the command line."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
-        print(usage())
+        say(usage())
         return 0
     if command == "--version":
-        print(importlib.metadata.version("trl-score"))
+        say(importlib.metadata.version("trl-score"))
         return 0
     if command not in COMMANDS:
         close = get_close_matches(command, COMMANDS, 1)
@@ -303,10 +318,10 @@ def main(arguments: list[str] | None = None) -> int:
             from .records import disconnect, processes
 
             if processes().is_main_process:
-                print(text)
+                say(text)
             disconnect()
             return code
-        print(
+        say(
             environment()
             if command == "env"
             else {"report": report, "tasks": tasks, "configs": configs}[command](rest)
