@@ -15,6 +15,7 @@ import evaluate as hf_evaluate
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ChatCompletionOutput
 from peft import LoraConfig, get_peft_model
 from processes import ranks
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -489,6 +490,64 @@ def test_a_chat_endpoint_gives_what_the_model_gives(endpoint, tmp_path, online, 
     assert [row.get("feedback") for row in found.rollouts] == [row.get("feedback") for row in exact.rollouts]
     assert found.summary["metrics"]["accuracy_t1"] == exact.summary["metrics"]["accuracy_t1"]
     assert found.rollouts[0]["num_tokens"][0] is not None
+
+
+def answering(monkeypatch, *answers):
+    """An endpoint whose client gives or raises one of these after the other, and the seconds that were waited."""
+    answers, waited = list(answers), []
+
+    def chat_completion(*_, **__):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return ChatCompletionOutput.parse_obj_as_instance(answer)
+
+    sampler = EndpointSampler("m", base_url="http://x/v1", max_concurrency=1)
+    monkeypatch.setattr(sampler.client, "chat_completion", chat_completion)
+    monkeypatch.setattr("trl_score.endpoint.time.sleep", waited.append)
+    return sampler, waited
+
+
+def answer_of(content):
+    message = {"role": "assistant", "content": content}
+    return {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+
+
+def busy(status, **headers):
+    error = OSError(f"{status} for url: http://x/v1.")
+    error.response = types.SimpleNamespace(status_code=status, headers=headers)
+    return error
+
+
+def test_an_endpoint_that_has_too_much_to_do_is_asked_again(monkeypatch):
+    refused = busy(429), busy(503, **{"Retry-After": "7"}), busy(429, **{"Retry-After": "9999"})
+    sampler, waited = answering(monkeypatch, *refused, answer_of("one"), answer_of(None))
+    (attempts,) = sampler.sample(["x"], ["again"], Decoding(), seed=0)
+    assert [attempt.text for attempt in attempts] == ["one", ""] and waited == [1, 7, 60]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (busy(400), r"did not answer for the model 'm': 400 for url: http://x/v1\. Check that it runs"),
+        ({"choices": []}, "gave no attempt for the model 'm', but an answer without text"),
+        ({"error": {"message": "overloaded"}}, "gave no attempt for the model 'm', but {'message': 'overloaded'}"),
+        ({"choices": [{"index": 0}]}, "gave no attempt"),
+        (answer_of([{"type": "text", "text": "one"}]), "gave no attempt"),
+    ],
+)
+def test_an_endpoint_that_gives_no_attempt_is_an_error_in_one_line(monkeypatch, answer, message):
+    sampler, waited = answering(monkeypatch, answer)
+    with pytest.raises(OSError, match=message):
+        sampler.sample(["x"], ["again"], Decoding(), seed=0)
+    assert not waited
+
+
+def test_an_endpoint_that_is_always_busy_is_an_error(monkeypatch):
+    sampler, waited = answering(monkeypatch, *[busy(429)] * 6)
+    with pytest.raises(OSError, match=r"429 for url.* too much to do: set `batch_size` lower"):
+        sampler.sample(["x"], ["again"], Decoding(), seed=0)
+    assert waited == [1, 2, 4, 8, 16]
 
 
 def test_an_endpoint_that_is_not_there_is_an_error_and_no_reward(tmp_path, online):

@@ -1,5 +1,6 @@
 """Attempts of a model behind a chat endpoint."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -8,6 +9,11 @@ from huggingface_hub import InferenceClient
 from .decoding import Decoding
 from .sampler import Attempt, Sampler, for_each_prompt
 from .tasks.base import first_line
+
+
+BUSY = {429, 502, 503, 504}  # status codes of a server that has too much to do
+WAITS = (1, 2, 4, 8, 16)  # seconds before it is asked again, where it does not say how long
+LONGEST_WAIT = 60
 
 
 class EndpointSampler(Sampler):
@@ -81,9 +87,8 @@ class EndpointSampler(Sampler):
                     seed=(seed * 1_000_003 + i) % 2**31,
                     **({"extra_body": body} if body else {}),
                 )
-                choice = answer.choices[0]
+                choice, usage = answer.choices[0], getattr(answer, "usage", None)
                 text = choice.message.content or ""
-                usage = getattr(answer, "usage", None)
                 attempts.append(
                     Attempt(text, getattr(usage, "completion_tokens", None), choice.finish_reason == "length")
                 )
@@ -94,14 +99,36 @@ class EndpointSampler(Sampler):
             return list(pool.map(one, range(len(prompts))))
 
     def _ask(self, messages: list[dict], **kwargs):
-        try:
-            return self.client.chat_completion(messages, **kwargs)
-        # Of the Hub's client or of the library below it, which is another one in other versions.
-        except Exception as error:
+        """An answer with a text. A server that has too much to do is asked again."""
+        for wait in (*WAITS, None):
+            try:
+                answer = self.client.chat_completion(messages, **kwargs)
+                break
+            # Of the Hub's client or of the library below it, which is another one in other versions.
+            except Exception as error:
+                response = getattr(error, "response", None)
+                is_busy = getattr(response, "status_code", None) in BUSY
+                if not is_busy or wait is None:
+                    raise self._error(error, is_busy) from error
+                after = response.headers.get("Retry-After", "")
+            time.sleep(min(int(after), LONGEST_WAIT) if after.isdecimal() else wait)
+        choice = next(iter(answer.choices or ()), None)
+        if choice is None or choice.message is None or not isinstance(choice.message.content, str | None):
+            found = str(getattr(answer, "error", None) or "an answer without text")[:200]
             raise OSError(
-                f"The endpoint ({self.where}) did not answer for the model '{self.name}': {first_line(error)}. Check that it runs, that its "
-                "address is right (`base_url`, which often ends with /v1), and that it serves this model."
-            ) from error
+                f"The endpoint ({self.where}) gave no attempt for the model '{self.name}', but {found}. Check its log and the request "
+                "(`extra_body`)."
+            )
+        return answer
+
+    def _error(self, error: Exception, is_busy: bool) -> OSError:
+        what = first_line(error).rstrip(".")
+        remedy = (
+            f"It has too much to do: set `batch_size` lower, for fewer requests at a time (now {self.max_concurrency} at most)."
+            if is_busy
+            else "Check that it runs, that its address is right (`base_url`, which often ends with /v1), and that it serves this model."
+        )
+        return OSError(f"The endpoint ({self.where}) did not answer for the model '{self.name}': {what}. {remedy}")
 
 
 def address(base_url: str | None = None, **kwargs) -> str:
