@@ -240,7 +240,7 @@ def test_another_number_of_attempts_in_evaluation(make_arithmetic_trainer, train
 def test_each_evaluation_has_its_own_completions(make_arithmetic_trainer):
     """Also those of more rows than a generation has."""
     rows = Arithmetic(num_test=20).load("test")
-    sets = {"small": rows.select(range(3)), "large": rows}
+    sets = {"openai/small": rows.select(range(3)), "large": rows}
     trainer = make_arithmetic_trainer(
         {"eval_dataset": sets}, log_completions=True, max_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1,
         num_completions_to_print=0,
@@ -248,7 +248,7 @@ def test_each_evaluation_has_its_own_completions(make_arithmetic_trainer):
     trainer.train()
     folder = Path(trainer.args.output_dir, "completions")
     found = {file.stem.removeprefix("completions_"): len(pd.read_parquet(file)) for file in folder.iterdir()}
-    assert found == {"00001": 8, "00002": 8, "eval_small_00002": 3, "eval_large_00002": 20}
+    assert found == {"00001": 8, "00002": 8, "eval_openai-small_00002": 3, "eval_large_00002": 20}
 
 
 # Overrides count

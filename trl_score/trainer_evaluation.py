@@ -1,5 +1,6 @@
 """Evaluation inside of a training run: it counts each problem once, and training does not notice it."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,8 @@ class EvaluatingTrainer(GRPOTrainer):
             file.replace(aside)
         try:
             yield
-            file.replace(file.with_name(file.name.replace("_", f"_{self._evaluation}_", 1)))
+            name = re.sub(r"[^\w.-]+", "-", self._evaluation)  # of a set such as openai/gsm8k
+            file.replace(file.with_name(file.name.replace("_", f"_{name}_", 1)))
         finally:
             if aside.exists():
                 aside.replace(file)
