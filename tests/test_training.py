@@ -84,6 +84,16 @@ def test_an_async_reward_is_awaited_where_another_task_grades_the_evaluation():
             assert rewards == [1.0 if is_training == (training is one) else 0.0] * 2
 
 
+def test_a_task_of_a_file_is_named_in_the_card_without_its_path(tmp_path, monkeypatch):
+    found, file = [], tmp_path / "tasks.py"
+    file.write_text("from trl_score.tasks import Arithmetic\nclass Own(Arithmetic):\n    name = 'own'\n")
+    monkeypatch.setattr(module, "train", lambda *arguments: found.append(arguments[6:8]))
+    more = ["--model_name_or_path", BASE, "--bf16", "false", "--output_dir", str(tmp_path / "new")]
+    for task, eval_task in (("arithmetic", f"{file}:Own"), (f"{file}:Own", "arithmetic"), (f"{file}:Own", None)):
+        module.main(["--task", task, *(["--eval_task", eval_task] if eval_task else []), *more])
+    assert found == [("arithmetic", "own"), ("own", "arithmetic"), ("own", "own")]
+
+
 def test_table_has_all_attempts_and_the_temperature(run, capsys, tmp_path):
     run(num_attempts=3, eval_temperature=0.7, stage1_steps=0)
     printed = capsys.readouterr().out

@@ -524,7 +524,7 @@ def main(arguments: list[str] | None = None) -> None:
         task, eval_task, train_rows, eval_rows = load_task(task_args, model_args)
         is_dataset = isinstance(task, DatasetTask)
         reward = task.reward_funcs if is_dataset else task.reward
-        names = (None, None) if is_dataset else (task.name, task_args.eval_task)
+        names = (None, None) if is_dataset else (task.name, None if eval_task is None else eval_task.name)
         eval_reward = None if eval_task in (None, task) else eval_task.reward
         instruction, callbacks = task.correction_instruction, task_args.callbacks()
         train(train_rows, eval_rows, reward, args, model_args, instruction, *names, callbacks, eval_reward)
