@@ -1,5 +1,6 @@
 """What a results folder belongs to: reused for the same model, decoding and problems, refused for any other, never claimed in vain."""
 
+import errno
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import random
 import shutil
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,6 +379,39 @@ def test_reading_does_not_touch_a_line_that_is_being_written(tmp_path):
     assert len(load_evaluation(tmp_path).rollouts) == 4 and file.read_bytes() == before
     evaluate(BASE, tmp_path)  # this run may write, so it mends the file
     assert file.read_bytes() == before[: -len('{"index": 4, ')]
+
+
+@pytest.mark.parametrize("damaged", [b'{"index": 1, "sam{"index": 1}\n', b"\0" * 50 + b"\n"])
+def test_a_damaged_line_is_named(tmp_path, damaged):
+    store = Store(tmp_path, {"weights": "1"}, ["a", "b", "c"])
+    store.add([{"index": 0, "sample": 0}])
+    with store.file.open("ab") as handle:
+        handle.write(damaged)
+    store.add([{"index": 2, "sample": 0}])
+    with pytest.raises(ValueError, match=r"rollouts.jsonl', line 2, is damaged: .* Remove the line"):
+        load_evaluation(tmp_path)
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    folder, write_text = tmp_path / "results", Path.write_text
+    evaluate(BASE, folder)
+    inference_scaling(BASE, Arithmetic(), **SMALL, max_budget=2, output_dir=tmp_path / "votes")
+    files = [folder / "summary.json", tmp_path / "votes" / "scaling.json"]
+    before = [file.read_text() for file in files]
+
+    def fill(path, text, *more):
+        if "settings" in path.name:
+            return write_text(path, text, *more)
+        write_text(path, text[: len(text) // 2], *more)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(OSError, match="No space"):
+        evaluate(BASE, folder)
+    monkeypatch.setattr("trl_score.records.Store.write", lambda *_: None)
+    with pytest.raises(OSError, match="No space"):
+        inference_scaling(BASE, Arithmetic(), **SMALL, max_budget=2, output_dir=tmp_path / "votes")
+    assert [file.read_text() for file in files] == before
 
 
 def test_settings_are_the_job(tmp_path):

@@ -20,8 +20,8 @@ from .collection import collect
 from .evaluation import evaluate_self_correction, table
 from .fingerprints import fingerprint, of_rows
 from .parsing import Parser
-from .records import check_folder, differences, disconnect, processes, strict_json
-from .resuming import check_no_model, checkpoints, has_model, last_whole_checkpoint, write_atomically
+from .records import check_folder, differences, disconnect, processes, strict_json, write_atomically
+from .resuming import check_no_model, checkpoints, has_model, last_whole_checkpoint
 from .rollout import save_rollout_settings
 from .sampling import checkpoint_identity, load_rendering
 from .score_config import check_bfloat16

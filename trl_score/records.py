@@ -13,6 +13,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -109,7 +110,7 @@ class Store:
             if any(self.folder.glob("rollouts*.jsonl")):
                 self._refuse(f"rollouts, but no {SETTINGS} that says of what")
             return
-        before = json.loads(file.read_text("utf-8"))
+        before = read_json(file)
         if "weights" not in before:
             self._refuse(
                 "results of an earlier version of trl-score, which did not record the weights, the decoding and the problems"
@@ -170,7 +171,14 @@ class Store:
     def write(self, name: str, content: dict) -> None:
         """A file beside the rollouts, by the main process."""
         if self.folder is not None and self.state.is_main_process:
-            (self.folder / name).write_text(strict_json(content), "utf-8")
+            write_atomically(self.folder / name, lambda path: path.write_text(strict_json(content), "utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a temporary file, then move it to `path`, so that no reader sees a part of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
 
 
 def position(row: dict) -> tuple[int, int]:
@@ -210,6 +218,24 @@ def _finite(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def parse_json(text: bytes, where: str, remedy: str) -> dict:
+    """
+    JSON that a command wrote.
+
+    Raises:
+        `ValueError`: If it is none, as after a power failure.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}. {remedy}") from error
+
+
+def read_json(file: Path) -> dict:
+    """[`parse_json`] of a file."""
+    return parse_json(file.read_bytes(), f"'{file}'", "Restore it, or run the command that wrote it again.")
+
+
 def read_rollouts(folder: Path, repair: bool = False) -> list[dict]:
     """
     What a folder has, by problem and sample. A line that was being written when a process stopped does not count; with `repair`
@@ -222,8 +248,8 @@ def read_rollouts(folder: Path, repair: bool = False) -> list[dict]:
         if repair and len(whole) < len(data):
             with file.open("r+b") as handle:
                 handle.truncate(len(whole))
-        for line in whole.splitlines():
-            row = json.loads(line)
+        for number, line in enumerate(whole.splitlines(), start=1):
+            row = parse_json(line, f"'{file}', line {number},", "Remove the line; its rollout is then sampled again.")
             rollouts[position(row)] = row
     return sorted(rollouts.values(), key=position)
 
@@ -238,7 +264,7 @@ def load_rollouts(folder: str | Path) -> tuple[dict, list[dict]]:
     folder = Path(folder)
     if not (folder / SETTINGS).exists():
         raise FileNotFoundError(f"'{folder}' holds no evaluation: it has no {SETTINGS}.")
-    settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+    settings = read_json(folder / SETTINGS)
     number = settings.get("num_problems", math.inf)  # a later run may have been of fewer
     return settings, [row for row in read_rollouts(folder) if row["index"] < number]
 

@@ -13,7 +13,6 @@ The Trainer writes `trainer_state.json` last, when the files of all processes ar
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from trl import GRPOTrainer
 
 from .callbacks import arrange, checkpoint_to_load
 from .objective import resolve_stage1_steps
+from .records import write_atomically
 
 
 logger = get_logger(__name__)
@@ -168,13 +168,6 @@ def check_no_model(folder: "str | os.PathLike") -> None:
             f"`output_dir={str(folder)!r}` holds the model of an earlier run, which a new run would overwrite. Give another folder, "
             "or remove this one."
         )
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a temporary file, then move it to `path`, so that no reader sees a part of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def save_run(trainer, folder: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from .evaluation import evaluate
 from .jobs import Plan, sample_rollouts
 from .metrics import bootstrap_intervals, metric
-from .records import processes, strict_json
+from .records import processes, strict_json, write_atomically
 from .tasks import Task
 
 
@@ -143,7 +143,7 @@ def inference_scaling(
     result = votes(task, corrected.rollouts, others.all_rollouts(), max_budget)
     if processes().is_main_process:
         study = {"settings": corrected.settings, "budgets": result}
-        (folder / SCALING).write_text(strict_json(study), "utf-8")
+        write_atomically(folder / SCALING, lambda path: path.write_text(strict_json(study), "utf-8"))
     return result
 
 

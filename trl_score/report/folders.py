@@ -8,7 +8,7 @@ from string import ascii_uppercase
 
 from ..evaluation import Evaluation, load_evaluation
 from ..model_card import RUN
-from ..records import SETTINGS
+from ..records import SETTINGS, read_json
 from ..resuming import checkpoints, is_whole
 from ..scaling import ARMS, SCALING
 
@@ -107,7 +107,7 @@ def find(folders: list[str | Path]) -> Found:
                 found.runs[_unique(folder.resolve().name, folder, found.runs)] = run
                 shown = True
             if (folder / SCALING).exists():
-                study = json.loads((folder / SCALING).read_text("utf-8"))
+                study = read_json(folder / SCALING)
                 found.scalings[_unique(_model(study["settings"]), folder, found.scalings)] = study["budgets"]
                 shown = True
         if not shown:
@@ -145,7 +145,7 @@ def read_run(folder: Path) -> Run | None:
     settings = {}
     for file in (folder / RUN, where / RUN, folder.parent / RUN):
         if file.exists() and (file.parent != folder.parent or folder.name.startswith("checkpoint-")):
-            settings = json.loads(file.read_text("utf-8"))["settings"]
+            settings = read_json(file)["settings"]
             break
     step = state.get("global_step", history[-1]["step"])
     return Run(history, settings, step, state.get("max_steps", step))
@@ -156,7 +156,7 @@ def is_evaluation(folder: Path) -> bool:
     file = folder / SETTINGS
     if not file.exists() or (folder.name in ARMS and (folder.parent / SCALING).exists()):
         return False
-    return not json.loads(file.read_text("utf-8")).get("token_ids")
+    return not read_json(file).get("token_ids")
 
 
 def instruction(evaluation: Evaluation) -> str:
