@@ -101,6 +101,18 @@ def test_those_of_training_are_read_back(model, contexts, tmp_path, adapter):
         evaluate_self_correction(name, "arithmetic", **SMALL, chat_template_kwargs={}, output_dir=tmp_path / "out")
 
 
+def test_the_instruction_of_training_is_read_back(model, tmp_path, caplog):
+    name = trained(model, tmp_path / "trained")
+    caplog.set_level("INFO", "trl_score")
+    asked = lambda model, **more: evaluate_self_correction(model, "arithmetic", **SMALL, **more).settings[  # noqa: E731
+        "correction_instruction"
+    ]
+    assert asked(name) == "again"
+    assert "trained with: 'again'" in caplog.text
+    assert asked(name, correction_instruction="once more") == "once more"
+    assert asked(str(model)) == Arithmetic.correction_instruction
+
+
 def test_they_are_read_back_by_each_sampler(model, tmp_path, monkeypatch):
     name = trained(model, tmp_path / "trained")
     module = types.SimpleNamespace(LLM=lambda model, **kwargs: None, SamplingParams=None)

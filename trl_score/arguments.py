@@ -212,6 +212,9 @@ class JobArguments(AttemptArguments):
     """What the three sampling functions share: see [`~trl_score.evaluation.evaluate_self_correction`]."""
 
     title = "Attempts"
+    correction_instruction: str | None = option(
+        None, "The user's turn between the attempts. By default, the one the model was trained with, else the task's."
+    )
     split: str = option("test", "Split of the task that the problems are from.")
     top_p: float = option(1.0, "Sample from the most likely tokens whose probabilities add up to this share.")
     batch_size: int = option(32, "Rollouts at a time.")

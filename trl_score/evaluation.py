@@ -41,7 +41,8 @@ def evaluate_self_correction(model, task: str | Task, **settings) -> "Evaluation
         max_completion_length (`int`, *optional*, defaults to `1024`):
             Tokens of one attempt.
         correction_instruction (`str`, *optional*):
-            The user's turn between the attempts, if not the task's.
+            The user's turn between the attempts. By default the one that the model was trained with, which is saved beside it,
+            else the task's.
         self_refine (`bool`, *optional*, defaults to `False`):
             Self-Refine (Madaan et al. 2023, https://huggingface.co/papers/2303.17651) instead of the correction instruction:
             after an attempt the model is asked for feedback on it (`task.feedback_instruction`), then for the next attempt

@@ -4,6 +4,7 @@ training. Evaluation, collection and scaling are jobs.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,12 +18,17 @@ from tqdm.auto import tqdm
 from . import fingerprints
 from .arguments import RolloutArguments
 from .decoding import Decoding
+from .fingerprints import hub_arguments
 from .metrics import edit_distance_ratio
 from .records import Store, check_folder
+from .rollout import load_rollout_settings
 from .sampling import Sampler, keep_random_state, open_model
 from .tasks import Task, get_task
 from .tasks.base import first
 from .tasks.dataset import DatasetTask
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -133,7 +139,7 @@ class Plan:
         if correction_instruction is not None and not correction_instruction.strip():
             raise ValueError(
                 "`correction_instruction` is empty, so the second attempt would not be asked to correct the first. Set it to a "
-                "sentence that does not say whether the attempt was right, or leave it out for the task's."
+                "sentence that does not say whether the attempt was right, or leave it out for the model's or the task's."
             )
         if self_refine and correction_instruction:
             raise ValueError(
@@ -147,7 +153,13 @@ class Plan:
         if self_refine:
             turns = {name: getattr(task, name) for name in ("feedback_instruction", "refine_instruction")}
         else:
-            turns = {"correction_instruction": correction_instruction or task.correction_instruction}
+            trained = None if correction_instruction else trained_instruction(model, **settings)
+            turns = {"correction_instruction": correction_instruction or trained or task.correction_instruction}
+            if trained not in (None, task.correction_instruction):
+                logger.info(
+                    f"The user's turn between the attempts is the one that '{model}' was trained with: {trained!r}. "
+                    "`correction_instruction` sets another one."
+                )
         own = {each.name for each in fields(RolloutArguments)} | {"token_ids"}
         job = Job(
             task=task.name,
@@ -275,6 +287,13 @@ def _sample_batch(
             rollout["feedback_num_tokens"] = [each.num_tokens for each in feedback]
         rollouts.append(rollout)
     return rollouts
+
+
+def trained_instruction(model, backend: str = "transformers", **kwargs) -> str | None:
+    """The correction instruction that a model was trained with, if it is saved beside it; an endpoint does not say."""
+    if not isinstance(model, str) or backend == "endpoint":
+        return None
+    return load_rollout_settings(model, **hub_arguments(kwargs)).get("correction_instruction")
 
 
 def seed_of(seed: int, batch: list[tuple[int, int]]) -> int:
