@@ -164,6 +164,7 @@ def test_gold_answers_of_a_dataset_are_in_the_form_that_the_grader_reads():
     assert task.reward(task.gold(rows), solution=rows["solution"]) == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("column", ["answer", "solution"])
 @pytest.mark.parametrize(
     ("answers", "attempts", "rewards"),
     [
@@ -173,9 +174,9 @@ def test_gold_answers_of_a_dataset_are_in_the_form_that_the_grader_reads():
         (["$\\frac{1}{2}$", "So it is $\\boxed{4}$"], ["$\\boxed{0.5}$", "$\\boxed{4}$"], [1.0, 1.0]),
     ],
 )
-def test_a_column_of_answers_is_read_as_mathematics(tmp_path, answers, attempts, rewards):
+def test_a_column_of_answers_is_read_as_mathematics(tmp_path, column, answers, attempts, rewards):
     """Bare LaTeX and integers too, of which TRL's reward by itself finds a part or nothing."""
-    rows = [{"problem": "?", "answer": answer} for answer in answers]
+    rows = [{"problem": "?", column: answer} for answer in answers]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = DatasetTask(str(tmp_path / "d.jsonl"))
     assert task.reward(attempts, solution=task.load("train")["solution"]) == rewards
@@ -251,6 +252,31 @@ def test_a_dataset_without_answers_is_refused_before_the_first_reward(folder):
     with pytest.raises(ValueError, match="has no column `solution` or `answer` for `accuracy_reward`"):
         DatasetTask("d.jsonl").load("train")
     assert len(DatasetTask("d.jsonl", reward_funcs=["my_task.py:second_attempts"]).load("train")) == 1
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.parquet", "d.jsonl", "d.jsonl.gz"])
+def test_a_file_is_a_dataset(folder, name):
+    rows = Dataset.from_dict({"problem": ["1 + 1?", "2 + 2?"], "answer": [2, 4]})
+    {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(name.split(".")[1], rows.to_json)(name)
+    task = DatasetTask(name)
+    loaded = task.load("train")
+    assert loaded["prompt"][1] == [{"role": "user", "content": "2 + 2?"}]
+    assert task.reward(task.gold(loaded), solution=loaded["solution"]) == [1.0, 1.0]
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_says_why(folder):
+    (folder / "d.jsonl").write_text('{"problem": "?", "answer": "1"}\n{"problem": "?",')
+    with pytest.raises(OSError, match=r"'d.jsonl' cannot be loaded: JSON parse error"):
+        DatasetTask("d.jsonl").load("train")
+
+
+@pytest.mark.parametrize("prompt", [None, [], [{"role": "user", "content": None}]])
+def test_a_row_without_a_problem_is_refused(folder, command, prompt):
+    rows = [{"prompt": [{"role": "user", "content": "?"}], "answer": "1"}, {"prompt": prompt, "answer": "1"}]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--dataset_name", "d.jsonl", "--split", "train", "--output_dir", "out")
+    code, _, err = command("evaluate", "--model", BASE, *options)
+    assert code == 1 and "The split 'train' of 'd.jsonl' has no problem in row 1" in err
 
 
 def test_an_empty_file_is_no_dataset(folder, command):

@@ -158,6 +158,9 @@ def test_dataset_without_prompt_is_refused(make_arithmetic_trainer):
     match = r"`train_dataset` has no column `prompt`, only \['answer', 'problem'\]"
     refused(ValueError, match, make_arithmetic_trainer, {"train_dataset": rows})
     refused(ValueError, "`eval_dataset` has no column `prompt`", make_arithmetic_trainer, {"eval_dataset": rows})
+    rows = Dataset.from_dict({"prompt": ["1 + 1?", None], "answer": ["2", "4"]})
+    match = "`eval_dataset` has no problem in row 1, where `prompt` is None"
+    refused(ValueError, match, make_arithmetic_trainer, {"eval_dataset": rows})
     evaluation = {"hard": rows}
     refused(ValueError, r"`eval_dataset\['hard'\]` has no", make_arithmetic_trainer, {"eval_dataset": evaluation})
 

@@ -54,7 +54,9 @@ class ProblemArguments:
     data_dir: str | None = option(
         None, "Folder with the task's rows as JSON lines. By default, they come from the Hub."
     )
-    dataset_name: str | None = option(None, "A dataset in place of a task: Hub id, folder, or file of JSON lines.")
+    dataset_name: str | None = option(
+        None, "A dataset in place of a task: Hub id, folder, or file (JSON lines, CSV, Parquet)."
+    )
     dataset_config: str | None = option(None, "Configuration of the dataset.")
     reward_funcs: list[str] | None = field(
         default=None,
@@ -84,7 +86,7 @@ class ProblemArguments:
             return get_task(self.task, data_dir=self.data_dir)
         if self.dataset_name is None:
             raise ValueError(
-                "Which problems? Give --task, or --dataset_name: a Hub id, a folder, a .json or .jsonl file. `trl-score tasks` "
+                "Which problems? Give --task, or --dataset_name: a Hub id, a folder, a .jsonl, .csv or .parquet file. `trl-score tasks` "
                 "lists the tasks."
             )
         if self.data_dir is not None:

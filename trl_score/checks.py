@@ -68,6 +68,8 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
         )
     if "image" in row or "images" in row:
         raise ValueError(f"`{name}` has images, which SCoRe does not support. Remove the column.")
+    if isinstance(dataset, Dataset):
+        check_prompts(f"`{name}`", dataset)
     if "correction_instruction" in row and isinstance(dataset, Dataset):
         for index, instruction in enumerate(dataset["correction_instruction"]):
             if instruction is not None and not instruction.strip():
@@ -75,6 +77,16 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
                     f"`{name}` has an empty `correction_instruction` in row {index}, which would not ask for a correction. "
                     "Set it to a sentence, or to None for the configured one."
                 )
+
+
+def check_prompts(name: str, dataset: Dataset):
+    """Each row has a problem. A chat template would write a missing text as the word None."""
+    for index, prompt in enumerate(dataset["prompt"]):
+        if not prompt or (not isinstance(prompt, str) and any(turn["content"] is None for turn in prompt)):
+            raise ValueError(
+                f"{name} has no problem in row {index}, where `prompt` is {prompt!r}. Write one, or drop the row with "
+                "`dataset.filter`."
+            )
 
 
 def in_one_shard(dataset: IterableDataset) -> IterableDataset:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from . import fingerprints
 from .arguments import RolloutArguments
+from .checks import check_prompts
 from .decoding import Decoding
 from .fingerprints import hub_arguments
 from .metrics import edit_distance_ratio
@@ -175,6 +176,7 @@ class Plan:
         rows, job = self.task.load(self.job.split), self.job
         if len(rows) == 0:
             raise ValueError(f"The split '{job.split}' of '{self.task.name}' has no problems. Take another split.")
+        check_prompts(f"The split '{job.split}' of '{self.task.name}'", rows)
         rows = first(rows.shuffle(seed=job.seed) if self.shuffled else rows, self.limit)
         if job.num_given_attempts:
             asked = self.instructions(rows) or [job.turns[0]] * len(rows)

@@ -5,8 +5,10 @@ import re
 import threading
 from collections.abc import Callable
 from functools import cache, cached_property, wraps
+from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from ..worker_pool import CAN_SEND_DESCRIPTORS
 from .base import Task, first_line
@@ -14,7 +16,12 @@ from .math import CORRECTION_INSTRUCTION, MathTask
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+FILES = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}  # and how `load_dataset` names their kind
 
 
 class DatasetTask(Task):
@@ -25,7 +32,7 @@ class DatasetTask(Task):
 
     Args:
         dataset_name (`str`):
-            Hub id, folder, or a file of JSON lines, which is the split `train`.
+            Hub id, folder, or a file (JSON lines, CSV or Parquet; also with `.gz`), which is the split `train`.
         dataset_config (`str`, *optional*):
             Configuration of the dataset.
         reward_funcs (`list[str]`, *optional*, defaults to `["accuracy_reward"]`):
@@ -85,8 +92,6 @@ class DatasetTask(Task):
             )
         if "solution" not in rows.column_names and "answer" in rows.column_names:
             rows = rows.rename_column("answer", "solution")
-            if self.reads_mathematics:
-                rows = rows.map(lambda row: {"solution": _mathematics(row["solution"])})
         if self.reads_mathematics and "solution" not in rows.column_names:
             raise ValueError(
                 f"The dataset '{self.name}' has no column `solution` or `answer` for `accuracy_reward` to compare with, only "
@@ -101,11 +106,13 @@ class DatasetTask(Task):
     def _load(self) -> DatasetDict:
         if self._rows is None:
             try:
-                if self.name.endswith(FILES):
-                    self._rows = load_dataset("json", data_files={"train": self.name})
+                if (kind := FILES.get(Path(self.name.removesuffix(".gz")).suffix)) is not None:
+                    self._rows = load_dataset(kind, data_files={"train": self.name})
                 else:
                     self._rows = load_dataset(self.name, name=self.config)
             except Exception as error:  # of whatever kind: what failed is said in one line
+                if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+                    error = error.__cause__  # it says that it failed, and its cause says why
                 raise OSError(f"The dataset '{self.name}' cannot be loaded: {first_line(error)}") from error
         return self._rows
 
@@ -208,13 +215,15 @@ def reward_function(name: str) -> Callable:
 
 
 def for_text(reward: Callable) -> Callable:
-    """A reward function of TRL, which reads chat messages, for plain text too."""
+    """A reward function of TRL, which reads chat messages, for plain text too, and for answers that are bare LaTeX or numbers."""
 
     @wraps(reward)
     def call(completions, **kwargs):
         messages = [
             [{"role": "assistant", "content": each}] if isinstance(each, str) else each for each in completions
         ]
+        if "solution" in kwargs:
+            kwargs["solution"] = [_mathematics(answer) for answer in kwargs["solution"]]
         return reward(messages, **kwargs)
 
     return call
