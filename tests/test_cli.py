@@ -276,6 +276,17 @@ def test_the_launcher_adds_no_error_of_its_own(monkeypatch, tmp_path, capfd, fai
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_process_that_a_signal_has_ended_is_said(monkeypatch, tmp_path, capfd):
+    """It cannot say so itself, for instance when memory was short."""
+
+    def fail(*_):
+        raise subprocess.CalledProcessError(-signal.SIGKILL, "python")
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    code, err = run_here(["train", "--task", "arithmetic", "--output_dir", tmp_path], capfd)
+    assert code == 1 and "ended by SIGKILL" in err and "`--resume_from_checkpoint true`" in err
+
+
 def test_an_endpoint_that_does_not_answer_is_said(monkeypatch, tmp_path, capfd):
     def refuse(*_, **__):
         raise ConnectionError("[Errno 111] Connection refused")

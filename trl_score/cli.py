@@ -98,6 +98,7 @@ def launch(command: str, arguments: list[str]) -> int:
     *_, of_file, of_line = parser.parse_args_and_config(
         list(arguments), return_remaining_strings=True, separate_remaining_strings=True
     )
+    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -121,19 +122,35 @@ def launch(command: str, arguments: list[str]) -> int:
     if parsed.training_script != module:
         parser.error(f"unexpected argument '{parsed.training_script}'.")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process has said what failed
+    if torch.cuda.device_count() < 2:  # it names its defaults, of which one process on one device is what was meant
+        logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     # After Ctrl-C the processes say what is kept, and this one waits for them.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         launch_command(parsed)
     except subprocess.CalledProcessError as error:
-        return max(error.returncode, 1)
+        return failed(command, error.returncode)
     except ChildFailedError as error:
-        return max(1, *(failure.exitcode for failure in error.failures.values()))
+        return failed(command, error.get_first_failure()[1].exitcode)
     except SignalException:
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, before)
     return 0
+
+
+def failed(command: str, code: int) -> int:
+    """The exit code after a process has failed. One that a signal has ended could not say so itself."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        memory = ", as the system does when memory is short" if name == "SIGKILL" else ""
+        resume = " with `--resume_from_checkpoint true`" if command == "train" else ""
+        print(
+            f"trl-score {command}: the process was ended by {name}{memory}. The same command{resume} continues from the last "
+            "checkpoint, if there is one.",
+            file=sys.stderr,
+        )
+    return max(code, 1)
 
 
 def as_typed(of_file: list[str], launcher: argparse.ArgumentParser) -> list[str]:

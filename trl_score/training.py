@@ -4,6 +4,7 @@ import argparse
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -356,6 +357,8 @@ def train(
     examples = {}
     if eval_reward is not None:
         reward = by_mode(reward, eval_reward, lambda: trainer.model.training)
+    # TRL calls it by the names that transformers has given up.
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing.*` is deprecated", FutureWarning)
     try:
         trainer = SCoReTrainer(
             model=model_args.model_name_or_path,
@@ -398,6 +401,8 @@ def finish(trainer: SCoReTrainer, examples: dict[str, tuple], is_evaluated: bool
         if not evaluated:
             failures.exit()  # at once: other processes may wait for this one in vain
         failures.collect("The table", lambda: show(trainer, examples))
+    if trainer.is_world_process_zero():
+        print(f"Model, metrics and model card: {Path(trainer.args.output_dir).resolve()}")
     if trainer.args.push_to_hub:
         failures.collect("The upload", trainer.push_to_hub)
     disconnect()
@@ -469,7 +474,6 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
         "train_seconds": total,
     }
     Path(trainer.args.output_dir, "self_correction.json").write_text(strict_json(numbers))
-    print(f"Model, metrics and model card: {Path(trainer.args.output_dir).resolve()}")
 
 
 def held_out(log: dict) -> str:
