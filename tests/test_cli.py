@@ -110,6 +110,8 @@ def test_train_is_launched_by_accelerate(tmp_path):
     done = run("train", "--num_processes", "1", "--task", "arithmetic", *short, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8 held-out problems" in done.stdout and (tmp_path / "model.safetensors").exists()
+    assert done.stdout.rstrip().endswith(str(tmp_path))
+    assert "FutureWarning" not in done.stderr and "not passed to `accelerate launch`" not in done.stderr
     best = tmp_path / "_best-stage2" / "model.safetensors"
     assert best.read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 

@@ -16,6 +16,7 @@ is in `decoding.py`. No other file knows TRL's internals.
 import math
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -84,6 +85,8 @@ from .transcripts import transcript
 
 
 logger = get_logger(__name__)
+# TRL 1.16 uses these names in every step. Nobody who trains can do anything about it.
+warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
 
 
 class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):

@@ -4,7 +4,6 @@ import argparse
 import inspect
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -357,8 +356,6 @@ def train(
     examples = {}
     if eval_reward is not None:
         reward = by_mode(reward, eval_reward, lambda: trainer.model.training)
-    # TRL calls it by the names that transformers has given up.
-    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing.*` is deprecated", FutureWarning)
     try:
         trainer = SCoReTrainer(
             model=model_args.model_name_or_path,
