@@ -245,6 +245,33 @@ def test_streamed_datasets_are_checked_by_their_first_rows(make_arithmetic_train
     refused(ValueError, "no column `prompt`", make_arithmetic_trainer, {"train_dataset": stream("problem")})
 
 
+def test_rows_that_a_transform_makes_are_checked_and_trained(make_arithmetic_trainer):
+    """`set_transform` makes the columns when a row is read, so the stored ones are others."""
+    stored = Arithmetic(num_train=8).load("train").rename_column("prompt", "problem")
+
+    def with_transform(**columns):
+        rows = stored.add_column("index", range(len(stored)))
+        rows.set_transform(
+            lambda batch: {
+                "prompt": batch["problem"],
+                "answer": batch["answer"],
+                **{name: [values[i] for i in batch["index"]] for name, values in columns.items()},
+            }
+        )
+        return {"train_dataset": rows}
+
+    lists = [["1 2"]] * 8
+    trainer = make_arithmetic_trainer(
+        with_transform(first_attempts=lists), offline_first_attempts=0.5, max_steps=1, stage1_steps=0
+    )
+    trainer.train()
+    match = r"too short: .*\(row 3 of `train_dataset`\)"
+    long = ["please check again"] * 3 + ["please check again " * 20] + ["please check again"] * 4
+    refused(ValueError, match, make_arithmetic_trainer, with_transform(correction_instruction=long))
+    empty = with_transform(correction_instruction=["ok"] * 7 + [""])
+    refused(ValueError, "empty `correction_instruction` in row 7", make_arithmetic_trainer, empty)
+
+
 def test_plain_text_needs_no_chat_template(make_arithmetic_trainer):
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
     tokenizer.chat_template = None

@@ -9,7 +9,7 @@ of the context length in `context.py`.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -49,6 +49,11 @@ def check_datasets(train_dataset, eval_dataset, args: SCoReConfig):
     check_number_of_problems(train_dataset, args)
 
 
+def column_of(dataset: Dataset, name: str) -> Iterable:
+    """A column of a dataset. Where a transform makes the rows (`set_transform`), the stored columns are other ones."""
+    return dataset[name] if dataset.format["type"] != "custom" else (row[name] for row in dataset)
+
+
 def check_columns(name: str, dataset: Dataset | IterableDataset | None):
     """A dataset has a prompt in each row, and nothing that SCoRe does not support."""
     if dataset is None:
@@ -71,7 +76,7 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
     if isinstance(dataset, Dataset):
         check_prompts(f"`{name}`", dataset)
     if "correction_instruction" in row and isinstance(dataset, Dataset):
-        for index, instruction in enumerate(dataset["correction_instruction"]):
+        for index, instruction in enumerate(column_of(dataset, "correction_instruction")):
             if instruction is not None and not instruction.strip():
                 raise ValueError(
                     f"`{name}` has an empty `correction_instruction` in row {index}, which would not ask for a correction. "
@@ -106,7 +111,7 @@ def check_first_attempts(dataset: Dataset | IterableDataset):
             "Sample them from the base model with `trl-score collect` and add them with "
             "`trl_score.collection.with_first_attempts`, or set `offline_first_attempts=0`."
         )
-    rows = rows["first_attempts"] if isinstance(rows, Dataset) else [row["first_attempts"] for row in rows]
+    rows = column_of(rows, "first_attempts") if isinstance(rows, Dataset) else [row["first_attempts"] for row in rows]
     for index, attempts in enumerate(rows):
         if not attempts or any(not attempt for attempt in attempts) or isinstance(attempts, str):
             raise ValueError(

@@ -160,7 +160,8 @@ class ContextCheck:
         if isinstance(dataset, IterableDataset):
             rows = [{key: row[key] for key in columns if key in row} for row in dataset.take(STREAMED_ROWS)]
             dataset = Dataset.from_list(rows)
-        dataset = dataset.select_columns([each for each in columns if each in dataset.column_names])
+        if dataset.format["type"] != "custom":  # else a transform makes these columns from others
+            dataset = dataset.select_columns([each for each in columns if each in dataset.column_names])
         row = dataset[0]
         if is_conversational(row):
             check_chat_template(self.bridge.tokenizer)
