@@ -3,7 +3,7 @@
 import warnings
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, TrlParser
@@ -171,10 +171,23 @@ def test_missing_and_empty_datasets_are_refused(make_arithmetic_trainer):
     refused(ValueError, "`train_dataset` has no rows", make_arithmetic_trainer, {"train_dataset": empty})
 
 
+def test_all_splits_in_place_of_one_are_refused(make_arithmetic_trainer):
+    """`load_dataset` without `split` returns all of them."""
+    splits = DatasetDict(train=Arithmetic(num_train=8).load("train"))
+    match = r"is not one dataset but several, \['train'\]. Pass one of them"
+    refused(ValueError, f"`train_dataset` {match}", make_arithmetic_trainer, {"train_dataset": splits})
+    refused(ValueError, rf"`eval_dataset\['a'\]` {match}", make_arithmetic_trainer, {"eval_dataset": {"a": splits}})
+
+
 @pytest.mark.parametrize(
     ("column", "values", "match"),
     [
         ("attempt", [1] * 8, "column `attempt`, the keyword by which a reward function"),
+        ("prompts", ["x"] * 8, "column `prompts`, the keyword by which a reward function gets the problems"),
+        ("completions", ["x"] * 8, "column `completions`, the keyword by which a reward function gets the attempts"),
+        ("trainer_state", ["x"] * 8, "column `trainer_state`, the keyword by which a reward function gets the state"),
+        ("log_extra", ["x"] * 8, "column `log_extra`, the keyword by which a reward function"),
+        ("log_metric", ["x"] * 8, "column `log_metric`, the keyword by which a reward function"),
         ("image", ["x"] * 8, "has images, which SCoRe does not support"),
         ("correction_instruction", ["ok"] * 7 + [""], "empty `correction_instruction` in row 7"),
     ],

@@ -29,6 +29,16 @@ def check_unsupported(**arguments):
 
 # --- data ---
 
+# What a reward function gets besides the columns of the dataset. TRL leaves out a column `completion_ids` by itself.
+KEYWORDS = {
+    "attempt": "is told which attempt it grades",
+    "prompts": "gets the problems",
+    "completions": "gets the attempts",
+    "trainer_state": "gets the state of the run",
+    "log_extra": "adds columns to the table of completions",
+    "log_metric": "logs metrics",
+}
+
 
 def named_datasets(train_dataset, eval_dataset) -> dict:
     """All datasets, by the names that error messages give them."""
@@ -58,6 +68,10 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
     """A dataset has a prompt in each row, and nothing that SCoRe does not support."""
     if dataset is None:
         raise ValueError(f"`{name}` is missing. Pass a dataset with a column `prompt`.")
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"`{name}` is not one dataset but several, {list(dataset)}. Pass one of them: `dataset[...]`."
+        )
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError(f"`{name}` has no rows. Pass a dataset with at least one problem.")
@@ -66,11 +80,11 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
             f"`{name}` has no column `prompt`, only {sorted(row)}. Rename the column that holds the problem: "
             "`dataset.rename_column(..., 'prompt')`."
         )
-    if "attempt" in row:
-        raise ValueError(
-            f"`{name}` has a column `attempt`, the keyword by which a reward function is told which attempt it grades. "
-            "Rename the column."
-        )
+    for column, meaning in KEYWORDS.items():
+        if column in row:
+            raise ValueError(
+                f"`{name}` has a column `{column}`, the keyword by which a reward function {meaning}. Rename the column."
+            )
     if "image" in row or "images" in row:
         raise ValueError(f"`{name}` has images, which SCoRe does not support. Remove the column.")
     if isinstance(dataset, Dataset):
