@@ -1,9 +1,12 @@
 """An error in a reward function names the row, and no other row is graded again."""
 
 import asyncio
+import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy
 import pytest
+import torch
 
 from trl_score.reward_errors import graded, unique_names
 from trl_score.training import with_examples
@@ -140,6 +143,28 @@ def test_a_row_that_cannot_be_told_is_said_and_no_batch_is_graded_again(again):
     ) as error:
         graded(call, "judge", 1)(**rows())
     assert sizes == [NUMBER] + [1] * again and isinstance(error.value.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf, numpy.float32("-inf"), torch.tensor(math.inf)])
+def test_an_infinite_reward_is_refused(infinite):
+    """One of them makes the advantages of its group infinite, and the update turns all weights into NaN."""
+    rewards = [1.0] * AT + [infinite] + [None] * (NUMBER - AT - 1)
+    with pytest.raises(
+        ValueError, match=rf"'judge' returned -?inf for attempt 2 in row {AT}: .*problem 1.* no baseline"
+    ):
+        graded(lambda **_: rewards, "judge", 2)(**rows())
+
+
+def test_a_reward_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"'judge' returned '1.0' for attempt 1 in row 0: .*A reward is a number"):
+        graded(lambda **_: ["1.0"] * NUMBER, "judge", 1)(**rows())
+
+
+@pytest.mark.parametrize(
+    "rewards", [numpy.ones(NUMBER), torch.ones(NUMBER), [True] * NUMBER, [None, math.nan] * (NUMBER // 2)]
+)
+def test_numbers_of_every_kind_are_rewards(rewards):
+    assert graded(lambda **_: rewards, "judge", 1)(**rows()) is rewards
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """An error in a reward function names the function, the attempt and the row."""
 
+import math
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
@@ -75,15 +76,29 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
 
 
 def _checked(rewards, name: str, kwargs: dict):
-    """The rewards of a reward function, if there is one for each completion."""
+    """The rewards of a reward function, if there is one for each completion, and none is infinite."""
     number = len(kwargs["completions"])
-    if hasattr(rewards, "__len__") and len(rewards) == number:
-        return rewards
-    got = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"`{type(rewards).__name__}`"
-    raise ValueError(
-        f"The reward function '{name}' returned {got} for {number} completions of attempt {kwargs['attempt']}. It must "
-        "return a list with one reward per completion, `None` where a completion cannot be scored."
-    )
+    if not hasattr(rewards, "__len__") or len(rewards) != number:
+        got = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"`{type(rewards).__name__}`"
+        raise ValueError(
+            f"The reward function '{name}' returned {got} for {number} completions of attempt {kwargs['attempt']}. It must "
+            "return a list with one reward per completion, `None` where a completion cannot be scored."
+        )
+    for row, reward in enumerate(rewards):
+        try:
+            is_infinite = reward is not None and math.isinf(reward)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"The reward function '{name}' returned {reward!r} for attempt {kwargs['attempt']} in row {row}: "
+                f"{kwargs['prompts'][row]}. A reward is a number, or `None` where a completion cannot be scored."
+            ) from error
+        if is_infinite:
+            raise ValueError(
+                f"The reward function '{name}' returned {float(reward)} for attempt {kwargs['attempt']} in row {row}: "
+                f"{kwargs['prompts'][row]}. An infinite reward has no baseline, and one update with it would destroy the weights. "
+                "Return a finite number, or `None` where a completion cannot be scored."
+            )
+    return rewards
 
 
 def _failure(error: Exception, name: str, row: int | None, kwargs: dict) -> RuntimeError:
