@@ -18,6 +18,10 @@ BAD_CONFIGURATIONS = [
     ({"num_attempts": 0}, "A rollout has at least one attempt, got `num_attempts=0`"),
     ({"num_attempts": 1}, "Stage I trains the second attempt, but `num_attempts=1` has none. Set `stage1_steps=0`"),
     ({"num_attempts_eval": 1}, "`num_attempts_eval=1` would measure no correction"),
+    (
+        {"num_generations_eval": 3, "per_device_eval_batch_size": 8},
+        "`num_generations_eval=3` does not divide the 8 rollouts of a batch in evaluation",
+    ),
     ({"offline_first_attempts": 1.5}, "`offline_first_attempts=1.5` is a share of the rollouts"),
     ({"offline_first_attempts": 0.01}, "of `num_generations=8` rollouts rounds to none of them"),
     (

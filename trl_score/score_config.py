@@ -239,6 +239,7 @@ class SCoReConfig(GRPOConfig):
         super().__post_init__()
         if self.num_generations_eval is None:
             self.num_generations_eval = 1
+        self._check_evaluation()
         self._warn_of_mismatch()
 
     @property
@@ -333,6 +334,16 @@ class SCoReConfig(GRPOConfig):
             raise ValueError(
                 f"{share} of `num_generations={self.num_generations}` rollouts leaves a single first attempt of each problem to be "
                 "sampled, which has no baseline. Set `offline_first_attempts` so that two or more are sampled, or to 1 for none."
+            )
+
+    def _check_evaluation(self):
+        """TRL checks this only if `eval_strategy` is set."""
+        rows = self.per_device_eval_batch_size * self.world_size
+        if rows % self.num_generations_eval:
+            raise ValueError(
+                f"`num_generations_eval={self.num_generations_eval}` does not divide the {rows} rollouts of a batch in evaluation "
+                f"(`per_device_eval_batch_size={self.per_device_eval_batch_size}` x {self.world_size} processes), so rollouts of a "
+                "problem would be in different batches. Set `per_device_eval_batch_size` to a multiple of it."
             )
 
     def _check_unsupported(self):
