@@ -210,6 +210,13 @@ def test_smaller_last_batch_counts_its_rollouts_not_itself(make_arithmetic_train
         assert found[0][f"eval_{name}"] == pytest.approx(found[1][f"eval_{name}"], abs=1e-6), name
 
 
+def test_dropping_the_last_batch_is_for_training(make_arithmetic_trainer):
+    """With `dataloader_drop_last` the Trainer leaves problems out of an evaluation, or all if they are fewer than a batch."""
+    for batch_size in (2, 8):
+        trainer = make_arithmetic_trainer(num_test=3, per_device_eval_batch_size=batch_size, dataloader_drop_last=True)
+        assert trainer.evaluate()["eval_num_problems"] == 3 and trainer.args.dataloader_drop_last
+
+
 # Another number of attempts
 
 

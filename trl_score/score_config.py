@@ -240,6 +240,7 @@ class SCoReConfig(GRPOConfig):
         if self.num_generations_eval is None:
             self.num_generations_eval = 1
         self._check_evaluation()
+        self._check_generation_kwargs()
         self._warn_of_mismatch()
 
     @property
@@ -270,6 +271,15 @@ class SCoReConfig(GRPOConfig):
             raise ValueError(
                 "`correction_instruction` is empty, so the second attempt would not be asked to correct the first. Set "
                 "it to a sentence that does not say whether the attempt was right."
+            )
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ValueError(
+                f"`max_completion_length={self.max_completion_length}` is the most tokens of one attempt. Set it to 1 or more."
+            )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"`temperature={self.temperature}` leaves nothing to sample, and without different attempts at a problem there is "
+                "nothing to compare. Set it above 0; the paper uses 1.0. Evaluation has `eval_temperature`."
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p={self.top_p}` is no share of the probability. Set it above 0 and at most to 1.")
@@ -345,6 +355,20 @@ class SCoReConfig(GRPOConfig):
                 f"(`per_device_eval_batch_size={self.per_device_eval_batch_size}` x {self.world_size} processes), so rollouts of a "
                 "problem would be in different batches. Set `per_device_eval_batch_size` to a multiple of it."
             )
+
+    def _check_generation_kwargs(self):
+        length = "attempts would have another length than `max_completion_length`, which the checks and the loss read. Set that."
+        number = "each row would have several attempts. Set `num_generations`."
+        broken = dict.fromkeys(("max_new_tokens", "max_length", "max_tokens"), (self.max_completion_length, length))
+        broken |= {"num_return_sequences": (1, number), "n": (1, number)}
+        broken["return_dict_in_generate"] = (False, "TRL reads the tokens alone. Leave it out.")
+        if not self.use_vllm:
+            remedy = "Use `eos_token_id`, or vLLM and its option `stop`."
+            broken["stop_strings"] = (None, f"they need a tokenizer, which TRL does not give to `generate`. {remedy}")
+        for name, (neutral, reason) in broken.items():
+            value = (self.generation_kwargs or {}).get(name)
+            if value not in (None, neutral):
+                raise ValueError(f"`{name}={value!r}` in `generation_kwargs` is not supported by SCoRe: {reason}")
 
     def _check_unsupported(self):
         unsupported = {

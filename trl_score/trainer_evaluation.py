@@ -29,12 +29,20 @@ class EvaluatingTrainer(GRPOTrainer):
             return super().predict(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """TRL's. Several processes read streamed data as rows first: a stream does not tell which rows fill up the last batch."""
+        """
+        TRL's, with the last batch also if `dataloader_drop_last` is set. Several processes read streamed data as rows first: a stream
+        does not tell which rows fill up the last batch.
+        """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         given = self.eval_dataset[given] if isinstance(given, str) else given
         if isinstance(given, IterableDataset) and self.accelerator.num_processes > 1:
             eval_dataset = Dataset.from_list(list(given))
-        return super().get_eval_dataloader(eval_dataset)
+        args, drop_last = self.args, self.args.dataloader_drop_last
+        args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            args.dataloader_drop_last = drop_last
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """TRL's, with the metrics of the rollouts in its result, under the prefix of the evaluation set."""
