@@ -100,8 +100,9 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
 
 def check_prompts(name: str, dataset: Dataset):
     """Each row has a problem. A chat template would write a missing text as the word None."""
-    for index, prompt in enumerate(dataset["prompt"]):
-        if not prompt or (not isinstance(prompt, str) and any(turn["content"] is None for turn in prompt)):
+    for index, prompt in enumerate(column_of(dataset, "prompt")):
+        turns = [] if isinstance(prompt, str) else prompt or []
+        if not prompt or any(turn.get("content") is None and not turn.get("tool_calls") for turn in turns):
             raise ValueError(
                 f"{name} has no problem in row {index}, where `prompt` is {prompt!r}. Write one, or drop the row with "
                 "`dataset.filter`."
