@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_score import evaluate_self_correction
 from trl_score.evaluation import Evaluation, load_evaluation, summarize, table
+from trl_score.jobs import grade
 from trl_score.metrics import bootstrap_intervals, mcnemar
 from trl_score.sampling import Decoding, EndpointSampler, TransformersSampler, VLLMSampler
 from trl_score.sandbox import Sandbox
@@ -249,6 +250,21 @@ def test_what_has_no_value_is_none_and_an_empty_cell(tmp_path):
     for file in tmp_path.iterdir():
         for line in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
             json.loads(line, parse_constant=pytest.fail)  # NaN, Infinity
+
+
+@pytest.mark.parametrize(
+    ("rewards", "got"), [([1.0] * 3, "3 rewards"), ([1.0] * 5, "5 rewards"), (None, "`NoneType`")]
+)
+def test_a_task_that_does_not_grade_each_attempt_is_refused(rewards, got):
+    """One reward too many would give the attempts those of others."""
+    rows = Arithmetic().load("test").select(range(4))
+
+    class Own(Arithmetic):
+        def reward(self, completions, **kwargs):
+            return rewards
+
+    with pytest.raises(ValueError, match=rf"'Own.reward' returned {got} for 4 completions of attempt 1"):
+        list(grade(Own(), rows, [["1", "2"]] * 4))
 
 
 def test_a_single_attempt_has_its_own_metrics():

@@ -307,6 +307,8 @@ def grade(
     task: Task, rows: Dataset, texts: list[list[str]], token_ids: list[list[list[int] | None]] | None = None
 ) -> Iterator[dict]:
     """Records of rollouts: their attempts graded, and compared with the ones before. `token_ids` are the attempts', if known."""
+    from .reward_errors import checked  # here, so that a finished evaluation does without TRL's trainers
+
     columns = rows[:]
     prompts = columns.pop("prompt")
     chat = not isinstance(prompts[0], str)
@@ -319,7 +321,7 @@ def grade(
             ids = [row[k] for row in token_ids] if token_ids else [None if text else [] for text in attempt]
             if None not in ids:
                 more["completion_ids"] = ids
-        given = task.reward(completions, **columns | more)
+        given = checked(task.reward(completions, **columns | more), f"{type(task).__name__}.reward", prompts, k + 1)
         rewards.append([None if reward is None else float(reward) for reward in given])
     other = [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
     answers = [

@@ -53,7 +53,7 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
                     except Exception:
                         pass
                 raise _failure(error, name, row, kwargs) from error
-            return _checked(rewards, name, kwargs)
+            return checked(rewards, name, kwargs["prompts"], attempt)
 
     else:
 
@@ -70,33 +70,37 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
                     except Exception:
                         pass
                 raise _failure(error, name, row, kwargs) from error
-            return _checked(rewards, name, kwargs)
+            return checked(rewards, name, kwargs["prompts"], attempt)
 
     return call
 
 
-def _checked(rewards, name: str, kwargs: dict):
-    """The rewards of a reward function, if there is one for each completion, and none is infinite."""
-    number = len(kwargs["completions"])
-    if not hasattr(rewards, "__len__") or len(rewards) != number:
+def checked(rewards, name: str, prompts: list, attempt: int):
+    """
+    The rewards of a reward function for attempt `attempt`.
+
+    Raises:
+        `ValueError`: If there is not one for each of the `prompts`, or if one is infinite or no number.
+    """
+    if not hasattr(rewards, "__len__") or len(rewards) != len(prompts):
         got = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"`{type(rewards).__name__}`"
         raise ValueError(
-            f"The reward function '{name}' returned {got} for {number} completions of attempt {kwargs['attempt']}. It must "
+            f"The reward function '{name}' returned {got} for {len(prompts)} completions of attempt {attempt}. It must "
             "return a list with one reward per completion, `None` where a completion cannot be scored."
         )
-    for row, reward in enumerate(rewards):
+    for row, (reward, prompt) in enumerate(zip(rewards, prompts, strict=True)):
         try:
             is_infinite = reward is not None and math.isinf(reward)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The reward function '{name}' returned {reward!r} for attempt {kwargs['attempt']} in row {row}: "
-                f"{kwargs['prompts'][row]}. A reward is a number, or `None` where a completion cannot be scored."
+                f"The reward function '{name}' returned {reward!r} for attempt {attempt} in row {row}: {prompt}. A reward is a "
+                "number, or `None` where a completion cannot be scored."
             ) from error
         if is_infinite:
             raise ValueError(
-                f"The reward function '{name}' returned {float(reward)} for attempt {kwargs['attempt']} in row {row}: "
-                f"{kwargs['prompts'][row]}. An infinite reward has no baseline, and one update with it would destroy the weights. "
-                "Return a finite number, or `None` where a completion cannot be scored."
+                f"The reward function '{name}' returned {float(reward)} for attempt {attempt} in row {row}: {prompt}. An infinite "
+                "reward has no mean, and one update with it would destroy the weights. Return a finite number, or `None` where a "
+                "completion cannot be scored."
             )
     return rewards
 
