@@ -252,6 +252,23 @@ def test_what_has_no_value_is_none_and_an_empty_cell(tmp_path):
             json.loads(line, parse_constant=pytest.fail)  # NaN, Infinity
 
 
+def test_the_table_has_the_metrics_of_every_evaluation():
+    settings = {"model": "m", "temperature": 0.0, "top_p": 1.0, "max_completion_length": 8}
+
+    def of(*correct):
+        row = {
+            "index": 0,
+            "sample": 0,
+            "correct": list(correct),
+            "num_tokens": [None] * len(correct),
+            "changed_answer": False,
+        }
+        return Evaluation(settings, [row | {"edit_distance_ratio": [0.0] * (len(correct) - 1)}])
+
+    assert "| Accuracy@t3 |  | 100.0 [100.0, 100.0] |" in table([of(True, False), of(True, True, True)])
+    assert "| Accuracy@t2 |  | 0.0 [0.0, 0.0] |" in table([of(None, None), of(True, False)])
+
+
 @pytest.mark.parametrize(
     ("rewards", "got"), [([1.0] * 3, "3 rewards"), ([1.0] * 5, "5 rewards"), (None, "`NoneType`")]
 )

@@ -335,6 +335,28 @@ def test_names_are_no_formulas_and_are_in_the_legend(tmp_path, name):
         assert re.search(rf">\s*{re.escape(name)}", drawn)
 
 
+def test_every_attempt_of_a_long_rollout_is_drawn(tmp_path):
+    store = Store(tmp_path / "twelve", {
+        "model": "m", "weights": "1", "task": "t", "split": "test", "temperature": 0.0, "top_p": 1.0, "max_completion_length": 8
+    }, ["0"])  # fmt: skip
+    row = {
+        "index": 0,
+        "sample": 0,
+        "prompt": "x",
+        "attempts": ["a"] * 12,
+        "correct": [True] * 12,
+        "changed_answer": False,
+    }
+    store.add([row | {"edit_distance_ratio": [0.0] * 11, "num_tokens": [1] * 12, "truncated": [False] * 12}])
+    store.all_rollouts()
+    found = find([tmp_path])
+    assert len(attempts_figure(found.evaluations).axes[0].lines[0].get_xdata()) == 12
+    assert figures(found)["attempts"][1].count("100.0 %") == 12
+    log = {"step": 1, "stage": 1, "delta_t1_t12": 0.5} | {f"accuracy_t{k}": 0.5 for k in range(1, 13)}
+    accuracy, change, *_ = training_figure([log, log | {"step": 2}]).axes
+    assert len(accuracy.get_legend().get_texts()) == 12 and change.lines[1].get_ydata()[0] == 0.5
+
+
 def test_a_study_without_a_graded_problem_is_drawn_without_a_value():
     nothing = {"value": None, "low": None, "high": None}
     budgets = [{"budget": budget, "parallel": nothing, "corrected": nothing} for budget in (2, 4)]

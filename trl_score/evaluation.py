@@ -210,7 +210,8 @@ def _metrics(rollouts: list[dict], only: str = "") -> dict[str, dict[str, float 
 
 def table(evaluations: list[Evaluation]) -> str:
     """Evaluations side by side as a table in Markdown, with 95 % intervals, number of problems and decoding."""
-    names = [name for name in evaluations[0].summary["metrics"] if not name.startswith("num_tokens")]
+    names = dict.fromkeys(name for each in evaluations for name in each.summary["metrics"])
+    names = [name for name in names if not name.startswith("num_tokens")]
     lines = [
         "| | " + " | ".join(f"{evaluation.settings['model']}{evaluation.mode}" for evaluation in evaluations) + " |"
     ]

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 
 from ..evaluation import Evaluation
 from ..metrics import metric
+from ..model_card import attempts_in
 from .folders import Found
 
 
@@ -74,7 +75,7 @@ def training_figure(history: list[dict]) -> Figure:
     for axes, (title, lines) in zip(figure.subplots(2, 2, sharex=True).flat, _panels(history).items(), strict=True):
         for number, (key, name) in enumerate(lines):
             values = np.array([np.nan if log.get(key) is None else log[key] for log in history], float)
-            color = COLORS[number]
+            color = COLORS[number % len(COLORS)]
             axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
             axes.plot(steps, smoothed(steps, values, boundaries), color=color, label=name, linewidth=1.7)
         for step in boundaries:
@@ -91,7 +92,7 @@ def training_figure(history: list[dict]) -> Figure:
 
 def _panels(history: list[dict]) -> dict[str, list[tuple[str, str]]]:
     """By panel, the logged keys and their names."""
-    attempts = [k for k in range(1, 11) if f"accuracy_t{k}" in history[0]]
+    attempts = _attempts(history[0])
     return {
         "accuracy": [(f"accuracy_t{k}", f"attempt {k}") for k in attempts],
         "change between attempts": [
@@ -103,6 +104,11 @@ def _panels(history: list[dict]) -> dict[str, list[tuple[str, str]]]:
         "reward": [(f"reward_t{k}", f"attempt {k}") for k in attempts],
         "KL to the base model, nats per token": [(f"kl_t{k}", f"attempt {k}") for k in attempts],
     }
+
+
+def _attempts(found: dict) -> range:
+    """The numbers of the attempts that a log or the metrics of an evaluation have."""
+    return range(1, attempts_in(found) + 1)
 
 
 def stage_boundaries(history: list[dict]) -> list[float]:
@@ -154,7 +160,7 @@ def attempts_figure(evaluations: dict[str, Evaluation], emphasized: set[str] = f
     figure, axes = _axes(evaluations)
     for number, (name, evaluation) in enumerate(evaluations.items()):
         metrics = evaluation.summary["metrics"]
-        found = [metrics[f"accuracy_t{k}"] for k in range(1, 11) if f"accuracy_t{k}" in metrics]
+        found = [metrics[f"accuracy_t{k}"] for k in _attempts(metrics)]
         band = name in emphasized or len(evaluations) <= MOST_LEGEND_ENTRIES  # more of them would hide each other
         _line(axes, range(1, len(found) + 1), found, name, style(number, name in emphasized), band)
     axes.set(xlabel="attempt", ylabel="accuracy, %")
@@ -295,8 +301,7 @@ def _listed(items: dict, text) -> str:
 
 def _accuracies(evaluation: Evaluation) -> str:
     found = evaluation.summary["metrics"]
-    names = [f"accuracy_t{k}" for k in range(1, 11) if f"accuracy_t{k}" in found]
-    return ", ".join(f"{metric(name).number(found[name]['value'])} %" for name in names)
+    return ", ".join(f"{metric('accuracy').number(found[f'accuracy_t{k}']['value'])} %" for k in _attempts(found))
 
 
 def _mean_ratio(evaluation: Evaluation) -> str:
