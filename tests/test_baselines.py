@@ -12,7 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_score import baselines
-from trl_score.baselines import BaselineArguments, fine_tune, pair_traces, run_baseline, star_traces, tokenized
+from trl_score.baselines import (
+    BaselineArguments,
+    check_held_out,
+    fine_tune,
+    pair_traces,
+    run_baseline,
+    star_traces,
+    tokenized,
+)
 from trl_score.collection import collect
 from trl_score.rollout import Bridge
 from trl_score.sampling import Attempt, Sampler
@@ -472,6 +480,13 @@ def test_an_adapter_names_the_revision_of_its_base_model(sft, monkeypatch):
 def test_a_held_out_problem_is_not_learnt_from(sft):
     with pytest.raises(ValueError, match="A problem of the test split is among those to learn from"):
         run_baseline(ModelConfig(BASE), TASK, arguments(), sft, held_out=TASK.load("train").select([59]))
+
+
+def test_a_held_out_problem_is_noticed_whatever_the_order_of_its_keys():
+    rollouts = [{"prompt": [{"role": "user", "content": "x"}]}]
+    check_held_out(rollouts, Dataset.from_list([{"prompt": [{"content": "y", "role": "user"}]}]))
+    with pytest.raises(ValueError, match="A problem of the test split"):
+        check_held_out(rollouts, Dataset.from_list([{"prompt": [{"content": "x", "role": "user"}]}]))
 
 
 def test_another_task_is_evaluated_with_the_instruction_that_was_trained(tmp_path, sft, monkeypatch):
