@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +194,21 @@ def test_a_cut_off_attempt_gets_its_end_as_context(chat_model, is_text):
     assert bridge[0] == tokenizer.eos_token_id
     assert row["input_ids"][start:] == text + bridge + attempts[1]
     assert row["labels"] == [-100] * start + text + [-100] * len(bridge) + attempts[1]
+
+
+def test_traces_are_rendered_as_they_were_sampled_where_the_tokenizer_has_no_end(sft, tmp_path, monkeypatch):
+    """The model names the end token. In plain text a cut-off attempt has it as context, in the samples and in the traces."""
+    model, found = shutil.copytree(BASE, tmp_path / "model"), []
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "eos_token"}))
+    assert AutoTokenizer.from_pretrained(model).eos_token is None
+    cut_off = [rollout(0, 0, [W], [[1, 2]]), rollout(0, 1, [R], [[3, 4]])]
+    monkeypatch.setattr(baselines, "collect", lambda *_, **__: [row | {"prompt": "1 2"} for row in cut_off])
+    monkeypatch.setattr(baselines, "fine_tune", lambda _, dataset, *__: found.append(dataset[0]["input_ids"]) or 1)
+    run_baseline(ModelConfig(str(model)), TASK, arguments(method="pair_sft", plus=False), sft)
+    end = AutoTokenizer.from_pretrained(BASE).eos_token_id
+    start = len(AutoTokenizer.from_pretrained(BASE)("1 2")["input_ids"])
+    assert found[0][start : start + 3] == [1, 2, end]
 
 
 def test_the_loss_of_the_trainer_is_the_mean_over_the_learnt_tokens(tmp_path):

@@ -17,6 +17,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from .arguments import SAMPLES_OF_ROLLOUT, BaselineArguments
 from .collection import collect
+from .decoding import load_generation_config, with_end_token
 from .evaluation import evaluate_self_correction, table
 from .fingerprints import fingerprint, of_rows
 from .parsing import Parser
@@ -77,6 +78,7 @@ def run_baseline(
     output_dir, base = Path(args.output_dir), model_args.model_name_or_path
     how = loading(model_args, args, arguments.backend)
     tokenizer, rendering = load_rendering(base, None, arguments.chat_template_kwargs, **how)
+    tokenizer = with_end_token(tokenizer, load_generation_config(base, **how), base)  # as for the sampling
     training = training_options(args, model_args)
     settings = {
         **training,
