@@ -1,12 +1,13 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForSequenceClassification
 from trl import GRPOTrainer
 
@@ -481,6 +482,19 @@ def test_reference_can_be_named_when_training_goes_on_from_a_trained_model(make_
         {"model": str(tmp_path / "trained")}, reference_model_name_or_path=str(BASE_MODEL_PATH)
     )
     assert_reference_is_base(second)
+
+
+def test_an_adapter_is_no_base_model_by_itself_nor_merged(make_arithmetic_trainer, tmp_path):
+    first = make_arithmetic_trainer({"peft_config": LoraConfig(**LORA)}, max_steps=2, learning_rate=1e-2)
+    first.train()
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    first.save_model(adapter)
+    with pytest.raises(ValueError, match=r"adapter' is an adapter\. To continue its run, resume it"):
+        make_arithmetic_trainer({"model": str(adapter)})
+    AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(merged)
+    shutil.copy(adapter / "score.json", merged)
+    with pytest.raises(ValueError, match="was trained by SCoRe, so it is not the base model"):
+        make_arithmetic_trainer({"model": str(merged)})
 
 
 def test_plain_text_prompts_train(make_letters_trainer):

@@ -3,6 +3,8 @@ The reference model of the KL penalties (Eqs. 2 to 4): the base model, in both s
 own, and with an adapter it is the model under the adapter. The checks refuse what would make it another model.
 """
 
+from pathlib import Path
+
 import torch
 from accelerate.logging import get_logger
 from peft import PeftConfig, PeftModel
@@ -10,12 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .rollout import load_rollout_settings
 from .score_config import SCoReConfig
 
 
 logger = get_logger(__name__)
 
-TRAINED_FLAG = "score_trained"  # in the config.json of a model that SCoRe trained: it is no base model any more
+TRAINED_FLAG = (
+    "score_trained"  # in the config.json and score.json of a model that SCoRe trained: it is no base model any more
+)
 # PEFT's initializations that subtract the new adapter from the base weights, or quantize them.
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -42,6 +47,15 @@ def check_base(model: "str | PreTrainedModel | PeftModel", peft_config: PeftConf
         args ([`SCoReConfig`]):
             Settings. With `beta=0` there is no reference, and nothing is checked.
     """
+    if (
+        isinstance(model, str)
+        and Path(model, "adapter_config.json").exists()
+        and not Path(model, "config.json").exists()
+    ):
+        raise ValueError(
+            f"'{model}' is an adapter. To continue its run, resume it (`resume_from_checkpoint`). To train it further in a new run, "
+            "pass `PeftModel.from_pretrained(base_model, folder, is_trainable=True)` as `model`, whose base model is the reference."
+        )
     if args.beta == 0:
         return
     if peft_config is not None:
@@ -54,15 +68,17 @@ def check_base(model: "str | PreTrainedModel | PeftModel", peft_config: PeftConf
     if args.reference_model_name_or_path is not None:
         return
     config = None if isinstance(model, str) else model.config
+    saved = {}  # beside the weights: an adapter is saved, and merged, without the configuration of its model
     if config is None:
         revision = (args.model_init_kwargs or {}).get("revision")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-    if getattr(config, TRAINED_FLAG, False):
+        saved = load_rollout_settings(model, revision=revision)
+    if getattr(config, TRAINED_FLAG, False) or saved.get(TRAINED_FLAG, False):
         raise ValueError(
             f"'{get_config_model_id(config) or model}' was trained by SCoRe, so it is not the base model that both stages "
             "hold to, and TRL would make it the reference. Train both stages in one run (`stage1_steps`), resume a run "
             "with `resume_from_checkpoint`, or set `reference_model_name_or_path` to the base model. If it is meant as the "
-            f"base of a new run, remove `{TRAINED_FLAG}` from its config.json."
+            f"base of a new run, remove `{TRAINED_FLAG}` from its config.json and score.json."
         )
 
 

@@ -162,10 +162,11 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def save_rollout_settings(
-    folder: str | Path, *, chat_template_kwargs: dict | None = None, correction_instruction: str | None = None
+    folder: str | Path, *, chat_template_kwargs: dict | None = None, correction_instruction: str | None = None, **more
 ) -> None:
-    """Write what a model's rollouts were rendered with to `score.json`, beside its weights or its adapter."""
+    """Write what a model's rollouts were rendered with, and `more` of it, to `score.json`, beside its weights or its adapter."""
     settings = {"chat_template_kwargs": chat_template_kwargs or {}, "correction_instruction": correction_instruction}
+    settings |= more
     Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
 
 

@@ -681,6 +681,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
                 output_dir or self.args.output_dir,
                 chat_template_kwargs=self.chat_template_kwargs,
                 correction_instruction=self.args.correction_instruction,
+                **{TRAINED_FLAG: True},
             )
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
