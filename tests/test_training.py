@@ -202,6 +202,19 @@ def test_every_failure_is_told_and_nothing_else_is_lost(run, tmp_path, monkeypat
     assert sum("eval_accuracy_t2" in log for log in state["log_history"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"report_to": "wandb"}, r"WandbCallback requires wandb to be installed\. Run `pip install wandb`"),
+        ({"push_to_hub": True}, "The repository for `--push_to_hub` cannot be made: Cannot reach"),
+    ],
+)
+def test_what_a_run_lacks_beside_the_model_is_said_in_one_line(run, monkeypatch, option, message):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(SystemExit, match=message):
+        run(**option)
+
+
 def test_a_run_resumes_from_its_last_checkpoint(run, tmp_path):
     folder = tmp_path / "run"
     callbacks = [KeepBestCheckpoint(1)]

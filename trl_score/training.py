@@ -367,11 +367,15 @@ def train(
             peft_config=get_peft_config(model_args),
             callbacks=[CollapseAlarm()] if callbacks is None else callbacks,
         )
-    except OSError as error:
-        sys.exit(f"The model '{model_args.model_name_or_path}' cannot be loaded: {first_line(error)}")
-    except ValueError as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         if os.environ.get("TRL_SCORE_TRACEBACK"):
             raise
+        if "/api/repos/create" in str(error):
+            sys.exit(
+                f"The repository for `--push_to_hub` cannot be made: {first_line(error)} Is `hf auth login` done?"
+            )
+        if isinstance(error, OSError):
+            sys.exit(f"The model '{model_args.model_name_or_path}' cannot be loaded: {first_line(error)}")
         sys.exit(" ".join(str(error).split()))
     trainer.task, trainer.eval_task = task, eval_task or task
     trainer.remove_callback(ProgressCallback)
