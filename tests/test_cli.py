@@ -160,6 +160,7 @@ def test_packages_that_only_some_need_are_not_loaded():
         (["collect", *SMALL, "--output_dir", "{tmp}", "--data_dir", "x"], 1, "trl-score collect: 'arithmetic' is made, not read"),
         (["check", *SMALL, "--task", "my_task.py:Mine"], 1, "trl-score check: The task 'my_task.py:Mine': there is no file 'my_task.py'"),
         (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--alpah", "3"], 2, "trl-score train: error: unknown option --alpah. Did you mean --alpha?"),
+        (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--model", "m"], 2, "trl-score train: error: unknown option --model. Did you mean --model_name_or_path?"),
         (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--num_proceses", "2"], 2, "trl-score train: error: unknown option --num_proceses. Did you mean --num_processes?"),
         (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "stray"], 2, "trl-score train: error: unexpected argument 'stray'"),
         (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--alpha", "-1"], 1, "trl-score train: `alpha=-1.0` would reward"),

@@ -27,6 +27,7 @@ WHOLE = ["--model", "m", "--task", "arithmetic"]
     ("given", "message"),
     [
         (["--temperatur", "1"], "unknown option --temperatur. Did you mean --temperature?"),
+        (["--model_name_or_path", "m"], "unknown option --model_name_or_path. Did you mean --model?"),
         (["--zzz", "1"], "unknown option --zzz. `--help all` shows all options."),
         (["stray"], "unexpected argument 'stray'."),
         (["--limit", "ten"], "argument --limit: invalid int value: 'ten'"),

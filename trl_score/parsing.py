@@ -19,6 +19,8 @@ CONFIGS = Path(__file__).parent / "configs"
 METHOD, MOST_USED = "The method", "Training (the options of TRL that are used most)"
 ORDER = ("Problems", "Baseline", METHOD, "Model", "Attempts", MOST_USED)  # of the groups in a help; then the others
 OURS = "SCoReConfig"  # the class whose own fields are the method's
+# The model of a command that trains, and of one that samples.
+OTHER_COMMANDS = {"--model": "--model_name_or_path", "--model_name_or_path": "--model"}
 TRAINING = (
     *("model_name_or_path", "dtype", "use_peft", "lora_r", "load_in_4bit", "output_dir", "resume_from_checkpoint"),
     *("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -133,7 +135,8 @@ class Parser(TrlParser):
         names = [name for name in names if name not in known]
         if names:
             options = [each for each in (*self._option_string_actions, *known) if each.startswith("--")]
-            close = get_close_matches(names[0], options, 1)
+            other = OTHER_COMMANDS.get(names[0])
+            close = [other] if other in options else get_close_matches(names[0], options, 1)
             near = f" Did you mean {close[0]}?" if close else " `--help all` shows all options."
             self.error(f"unknown option {names[0]}{where and ' ' + where}.{near}")
         if unknown and not known:
