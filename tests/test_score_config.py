@@ -22,6 +22,14 @@ BAD_CONFIGURATIONS = [
         {"num_generations_eval": 3, "per_device_eval_batch_size": 8},
         "`num_generations_eval=3` does not divide the 8 rollouts of a batch in evaluation",
     ),
+    (
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+        "`metric_for_best_model='loss'` would choose the checkpoint that has learned least",
+    ),
+    (
+        {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "eval_hard_loss"},
+        "Set it to 'accuracy_t2' or another metric",
+    ),
     ({"offline_first_attempts": 1.5}, "`offline_first_attempts=1.5` is a share of the rollouts"),
     ({"offline_first_attempts": 0.01}, "of `num_generations=8` rollouts rounds to none of them"),
     (
@@ -51,6 +59,9 @@ BAD_CONFIGURATIONS = [
     ({"stage1_steps": 2.5}, "`stage1_steps=2.5` is neither a number of steps nor a share"),
     ({"correction_instruction": " "}, "`correction_instruction` is empty"),
     ({"importance_sampling_level": "sequence"}, "`importance_sampling_level='sequence'` is not supported"),
+    ({"loss_type": "cispo"}, "`epsilon_high=None` is not supported by SCoRe: with `loss_type='cispo'` it bounds"),
+    ({"loss_type": "cispo", "epsilon_high": 0.2}, "Set it to 1 or above; TRL recommends 5.0"),
+    ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5.0` is not supported"),
     ({"loss_type": "sapo"}, "`loss_type='sapo'` is not supported"),
     ({"loss_type": "vespo"}, "`loss_type='vespo'` is not supported"),
     ({"loss_type": "luspo"}, "`loss_type='luspo'` is not supported"),

@@ -103,7 +103,8 @@ class SCoReConfig(GRPOConfig):
             Learning rate schedule. The paper keeps the learning rate fixed.
         loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
             Normalization of the loss. `"dr_grpo"` divides by a constant, so that the expected gradient is exactly
-            proportional to that of the paper's objective. `"grpo"`, `"bnpo"`, `"dapo"` and `"cispo"` are also supported.
+            proportional to that of the paper's objective. `"grpo"`, `"bnpo"`, `"dapo"` and `"cispo"` are also supported;
+            `"cispo"` needs an `epsilon_high` of 1 or above.
         scale_rewards (`str`, *optional*, defaults to `"none"`):
             Scaling of the advantages. The leave-one-out advantages are not scaled, and only `"none"` is supported.
     """
@@ -347,7 +348,12 @@ class SCoReConfig(GRPOConfig):
             )
 
     def _check_evaluation(self):
-        """TRL checks this only if `eval_strategy` is set."""
+        """TRL checks the batch only if `eval_strategy` is set."""
+        if (self.metric_for_best_model or "").split("_")[-1] == "loss":  # transformers' default
+            raise ValueError(
+                f"`metric_for_best_model={self.metric_for_best_model!r}` would choose the checkpoint that has learned least: the loss of "
+                "an evaluation is its KL to the reference. Set it to 'accuracy_t2' or another metric of docs/metrics.md."
+            )
         rows = self.per_device_eval_batch_size * self.world_size
         if rows % self.num_generations_eval:
             raise ValueError(
@@ -379,6 +385,16 @@ class SCoReConfig(GRPOConfig):
             "loss_type": (
                 self.loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
                 "its weights are made for one advantage per rollout. Set it to 'dr_grpo', 'grpo', 'bnpo', 'dapo' or 'cispo'.",
+            ),
+            "epsilon_high": (
+                self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1),
+                "with `loss_type='cispo'` it bounds the importance ratio itself, which is 1 on the policy, so every token's gradient "
+                "would be scaled down beside its KL. Set it to 1 or above; TRL recommends 5.0.",
+            ),
+            "neftune_noise_alpha": (
+                self.neftune_noise_alpha is not None,
+                "each forward pass adds other noise to the embeddings, so log-probabilities would not be those of the sampled policy "
+                "or the reference. Set it to None.",
             ),
             "multi_objective_aggregation": (
                 self.multi_objective_aggregation != "sum_then_normalize",
