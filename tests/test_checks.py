@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
 from conftest import make_qwen2
 from datasets import Dataset, IterableDataset
 from peft import (
@@ -212,6 +213,58 @@ def test_an_adapter_that_transformers_loaded_is_refused(make_arithmetic_trainer,
         model = str(tmp_path)
         shutil.copytree(BASE_MODEL_PATH, model, dirs_exist_ok=True)
     with pytest.raises(ValueError, match="carries an adapter that transformers loaded into it"):
+        make_arithmetic_trainer({"model": model})
+
+
+UNSCORABLE = {
+    "RecurrentGemma": {"num_attention_heads": 2, "lru_width": 16, "logits_soft_cap": 0.5, "initializer_range": 1.0},
+    "Rwkv": {"attention_hidden_size": 16},
+    "GraniteMoe": {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2},
+    "Llama": {"num_attention_heads": 2, "tie_word_embeddings": True},
+}
+
+
+def random_model(kind, folder):
+    """A random model of some kind, far from uniform, with the tokenizer of the embedded one."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    special = {"eos_token_id": 17, "pad_token_id": 14, "bos_token_id": None}
+    model = AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{kind}Config")(**sizes, **special, **UNSCORABLE[kind])
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(BASE_MODEL_PATH / name, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["RecurrentGemma", "Rwkv"])
+def test_a_model_that_samples_from_other_logits_than_are_scored_is_refused(make_arithmetic_trainer, tmp_path, kind):
+    """The first bounds its logits under a name of its own, the second reads the padding before a prompt."""
+    match = f"of this `{kind}ForCausalLM` differ from those that it samples from"
+    with pytest.raises(ValueError, match=match):
+        make_arithmetic_trainer({"model": random_model(kind, tmp_path / "model")})
+
+
+def test_what_trl_cannot_score_is_refused_with_the_remedy(make_arithmetic_trainer, tmp_path):
+    """The experts of Granite have another name, and PEFT's wrapper of a tied head has no bias. Both remedies train."""
+    granite, tied = (random_model(kind, tmp_path / kind) for kind in ("GraniteMoe", "Llama"))
+    with pytest.raises(ValueError, match=r"`GraniteMoeForCausalLM`: .* set `router_aux_loss_coef=0`"):
+        make_arithmetic_trainer({"model": granite})
+    make_arithmetic_trainer({"model": granite}, router_aux_loss_coef=0.0, max_steps=2).train()
+    tokens = LoraConfig(trainable_token_indices=[1, 2], **LINEAR)
+    with pytest.raises(ValueError, match=r"`LlamaForCausalLM`: .* use `modules_to_save=\['embed_tokens'\]`"):
+        make_arithmetic_trainer({"model": tied, "peft_config": tokens})
+    embeddings = LoraConfig(modules_to_save=["embed_tokens"], **LINEAR)
+    make_arithmetic_trainer({"model": tied, "peft_config": embeddings}, max_steps=2).train()
+
+
+def test_an_adapter_of_another_name_than_trls_is_refused(make_arithmetic_trainer):
+    model = get_peft_model(base_model(), LoraConfig(r=2, **LINEAR), adapter_name="mine")
+    with pytest.raises(ValueError, match=r"named 'mine', but TRL reads the one named 'default'. Load it without"):
         make_arithmetic_trainer({"model": model})
 
 

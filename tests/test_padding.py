@@ -138,6 +138,24 @@ def test_virtual_tokens_are_not_scored(make_arithmetic_trainer):
     torch.testing.assert_close(ours[name][scored], plain[name][scored], atol=1e-5, rtol=1e-5)
 
 
+def test_virtual_tokens_stay_as_far_from_the_prompt_in_every_batch(make_arithmetic_trainer):
+    """They stand before the padding, and PEFT takes no positions: with another padding a row has other log-probabilities."""
+    rows = [{"prompt": [{"role": "user", "content": digits}], "answer": "0"} for digits in ["1", "1 2 3 4 5 6"] * 4]
+    trainer = make_arithmetic_trainer(
+        {
+            "peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            "train_dataset": Dataset.from_list(rows),
+        },
+        beta=0.0, stage1_beta=0.0, num_iterations=2,
+    )  # fmt: skip
+    inputs = rollouts(ragged(trainer))
+    alone = [
+        trainer._logps({name: each[i : i + 1] for name, each in inputs.items() if each.dim()}, trainer.model)
+        for i in range(8)
+    ]
+    torch.testing.assert_close(torch.cat(alone), inputs["old_per_token_logps"], atol=1e-5, rtol=1e-5)
+
+
 def test_rows_are_sorted_within_an_optimizer_step_only():
     """Eight rows in four micro-batches, two of them a step: the rows of a step stay in it, and lengths grow within it."""
     lengths = [5, 1, 4, 2, 9, 3, 8, 6]

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -345,6 +346,21 @@ def test_examples_are_of_each_kind():
         "c→i": ("p4", [("a", True), ("x", False)]),
     }
     assert with_examples("a/reward-model", examples, 2) == "a/reward-model"
+
+
+@pytest.mark.parametrize("rewards", [[1.0], None, 1.0])
+def test_examples_leave_the_error_of_a_wrong_result_as_it_is(rewards):
+    rewarded = graded(with_examples(lambda **_: rewards, {}, 2), "mine", 1)
+    with pytest.raises(ValueError, match=r"'mine' returned .* for 2 completions of attempt 1. It must return a list"):
+        rewarded(prompts=["p", "q"], completions=["a", "b"])
+
+
+def test_a_rollout_that_was_graded_with_nan_is_no_example():
+    examples = {}
+    rewarded = with_examples(lambda **_: [math.nan, 1.0], examples, 2)
+    for attempt in (1, 2):
+        rewarded(prompts=["p", "q"], completions=["a", "b"], attempt=attempt)
+    assert examples == {"c→c": ("q", [("b", True)] * 2)}
 
 
 def test_examples_are_printed_with_their_verdicts(run, capsys):

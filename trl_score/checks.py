@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from .objective import Stage, resolve_stage1_steps
 from .score_config import SCoReConfig
@@ -268,6 +268,55 @@ def check_trainable(model: nn.Module):
         "All parameters of the given model are frozen, so nothing would be trained; `merge_and_unload` of PEFT leaves a model so. "
         "Call `model.requires_grad_(True)`, or pass a `peft_config`."
     )
+
+
+def check_log_probabilities(
+    model: nn.Module, score: Callable[[Tensor, Tensor, int], Tensor], temperature: float, limit: float
+):
+    """
+    What is scored is what is sampled. TRL computes log-probabilities from the last hidden states and the weights of the language-model
+    head. Some models do more with them (RecurrentGemma bounds its logits), and some read the padding before a prompt (RWKV).
+
+    Args:
+        model (`torch.nn.Module`):
+            The policy, which is on its device.
+        score (`Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]`):
+            From ids and mask of padded rows and a number of tokens to the log-probabilities of so many last tokens, as training
+            computes them.
+        temperature (`float`):
+            What the logits are divided by.
+        limit (`float`):
+            Largest difference that is rounding, nats.
+    """
+    kind = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    padding, scored, embeddings = 3, 4, model.get_input_embeddings().weight
+    ids = torch.arange(2 * (padding + 1 + scored), device=embeddings.device).view(2, -1) % embeddings.size(0)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    training = model.training
+    model.eval()
+    try:
+        found = score(ids, mask, scored)
+        rows = [ids[:1], ids[1:, padding:]]
+        with torch.no_grad():
+            logits = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits.float() for row in rows]
+    except AttributeError as error:
+        raise ValueError(
+            f"TRL cannot compute the log-probabilities of this `{kind}`: {error}. If it is a mixture of experts, set "
+            "`router_aux_loss_coef=0`. If it has `trainable_token_indices` and its head is tied to its embeddings, use "
+            "`modules_to_save=['embed_tokens']`."
+        ) from error
+    finally:
+        model.train(training)
+    for row, each, own in zip(rows, logits, found, strict=True):
+        expected = (each[0] / temperature).log_softmax(-1)[:-1].gather(1, row[0, 1:, None])[-scored:, 0]
+        difference = (own - expected.to(own)).abs().median().item()
+        if not difference <= limit:
+            raise ValueError(
+                f"The log-probabilities that TRL computes of this `{kind}` differ from those that it samples from, by {difference:.2g} "
+                "nats per token: its forward does more than the hidden states times the weights of the language-model head, or it "
+                "does not leave out the padding before a prompt. Its gradients would be wrong, so use another model."
+            )
 
 
 def warn_of_dropout(model: nn.Module):

@@ -64,9 +64,16 @@ def takes_positions(model: nn.Module, base: nn.Module) -> bool:
     Whether a model is told the position of each token in its row, as `generate` tells it. Else models with an embedding of each
     position (GPT-2) count from the first column, and a row would have other positions in each micro-batch.
     """
+    return not has_virtual_tokens(model) and _has_position_ids(type(base.base_model))
+
+
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """
+    Whether an adapter puts virtual tokens in the first columns. With them PEFT takes no positions, so the padding between them and
+    a prompt counts, and has to stay as it is.
+    """
     adapter = getattr(model, "active_peft_config", None)
-    has_virtual_tokens = adapter is not None and adapter.is_prompt_learning  # with them PEFT takes no positions
-    return not has_virtual_tokens and _has_position_ids(type(base.base_model))
+    return adapter is not None and adapter.is_prompt_learning
 
 
 @cache
@@ -99,6 +106,7 @@ def compute_by_length(
     attention_mask: Tensor,
     scored: Tensor,
     batch_size: int | None = None,
+    keeps_prompts: bool = False,
 ) -> tuple:
     """
     Compute values of the tokens after the prompts. Rows of similar length are computed together, in micro-batches without padded
@@ -114,6 +122,8 @@ def compute_by_length(
             Whether a token after the prompt is scored.
         batch_size (`int`, *optional*):
             Rows of a micro-batch; all rows by default.
+        keeps_prompts (`bool`, *optional*, defaults to `False`):
+            Leave the padding before the prompts as it is.
 
     Returns:
         `tuple`: the results of all rows in their given order, those for each token of shape `(B, T)`.
@@ -122,6 +132,7 @@ def compute_by_length(
     order = attention_mask.sum(1).argsort(stable=True)
     for rows in order.split(batch_size or len(order)):
         first, end = width(attention_mask[rows], number)
+        first = 0 if keeps_prompts else first
         left_out = attention_mask.size(1) - end
         results = compute(
             input_ids[rows, first:end], attention_mask[rows, first:end], scored[rows, : number - left_out]

@@ -61,6 +61,11 @@ def check_base(model: "str | PreTrainedModel | PeftModel", peft_config: PeftConf
     if peft_config is not None:
         check_adapter(peft_config)
     elif isinstance(model, PeftModel):
+        if "default" not in model.peft_config:
+            raise ValueError(
+                f"The given adapter is named {', '.join(map(repr, model.peft_config))}, but TRL reads the one named 'default'. Load it "
+                "without `adapter_name`."
+            )
         for config in model.peft_config.values():
             check_adapter(config)
     elif not isinstance(model, str):

@@ -38,6 +38,7 @@ from .batch import Batch
 from .callbacks import open_trackio
 from .checks import (
     check_datasets,
+    check_log_probabilities,
     check_schedule,
     check_stage1_steps,
     check_trainable,
@@ -61,7 +62,7 @@ from .objective import (
     targets,
     two_stages,
 )
-from .padding import ScoredTokens, by_length, compute_by_length
+from .padding import ScoredTokens, by_length, compute_by_length, has_virtual_tokens
 from .quantization import keep_differentiable
 from .reference import (
     TRAINED_FLAG,
@@ -221,6 +222,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         keep_differentiable(self.model)
         check_trainable(self.model)
         self._set_reference(model)
+        self._check_log_probabilities()
         warn_of_dropout(self.model)
         warn_of_emulated_bfloat16(self.model, autocast=args.bf16)
         self._set_rollout()
@@ -241,6 +243,26 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     def _is_sharded(self) -> bool:
         """Whether no process has the whole weights."""
         return self._dist.is_zero3 or self._dist.is_fsdp
+
+    def _check_log_probabilities(self):
+        is_placed = self.model.get_input_embeddings().weight.device.type == self.accelerator.device.type
+        if self._is_sharded or not is_placed or has_virtual_tokens(self.model):
+            return
+
+        def score(ids, mask, number):
+            with torch.no_grad():
+                logps, *_ = self._get_per_token_logps_and_entropies(
+                    ScoredTokens(self.model, self.model, mask[:, -number:]),
+                    ids,
+                    mask,
+                    number,
+                    compute_aux_loss=self.aux_loss_enabled,
+                )
+            return logps
+
+        with self.accelerator.autocast():
+            limit = 0.05 if is_exact(self.model, self.args) else 0.5
+            check_log_probabilities(self.model, score, self.temperature, limit)
 
     def _set_rollout(self):
         """Let TRL sample rollouts of several attempts, and check that these fit the context."""
@@ -462,7 +484,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         def compute(ids, mask, scored):
             return stock(ScoredTokens(model, unwrapped, scored), ids, mask, scored.size(1), **kwargs)
 
-        results = compute_by_length(compute, input_ids, attention_mask, scored, batch_size)
+        keeps_prompts = has_virtual_tokens(unwrapped)
+        results = compute_by_length(compute, input_ids, attention_mask, scored, batch_size, keeps_prompts)
         if self.model.training and not torch.is_grad_enabled():
             self._metrics["train"]["time/reference"].append(time.perf_counter() - start)
         return results

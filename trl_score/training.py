@@ -259,13 +259,15 @@ def with_examples(reward, examples: dict[str, tuple], num_attempts: int):
     @wraps(reward)
     def call(*, prompts, completions, attempt, **kwargs):
         rewards = reward(prompts=prompts, completions=completions, attempt=attempt, **kwargs)
+        if not hasattr(rewards, "__len__") or len(rewards) != len(completions):
+            return rewards  # which the trainer refuses
         if attempt == 1:
             attempts[:] = [[] for _ in completions]
         for row, completion, value in zip(attempts, completions, rewards, strict=True):
             row.append((text_of(completion), value))
         if attempt == num_attempts:
             for prompt, row in zip(prompts, attempts, strict=True):
-                if all(value is not None for _, value in row):
+                if all(value is not None and value == value for _, value in row):  # graded, and not NaN
                     kind = "→".join("c" if row[i][1] >= 1 else "i" for i in (0, -1))
                     examples.setdefault(kind, (text_of(prompt), [(text, value >= 1) for text, value in row]))
         return rewards
