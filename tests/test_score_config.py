@@ -188,6 +188,13 @@ def test_dataset_without_prompt_is_refused(make_arithmetic_trainer):
     refused(ValueError, r"`eval_dataset\['hard'\]` has no", make_arithmetic_trainer, {"eval_dataset": evaluation})
 
 
+def test_a_list_of_rows_is_no_dataset(make_arithmetic_trainer):
+    rows = Arithmetic(num_train=8).load("train").to_list()
+    for name in ("train_dataset", "eval_dataset"):
+        match = rf"`{name}` must be a `Dataset` or `IterableDataset`, got `list`.*Dataset\.from_list"
+        refused(TypeError, match, make_arithmetic_trainer, {name: rows})
+
+
 def test_missing_and_empty_datasets_are_refused(make_arithmetic_trainer):
     refused(ValueError, "`train_dataset` is missing", make_arithmetic_trainer, {"train_dataset": None})
     empty = Arithmetic(num_train=8).load("train").select([])

@@ -72,6 +72,11 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
         raise ValueError(
             f"`{name}` is not one dataset but several, {list(dataset)}. Pass one of them: `dataset[...]`."
         )
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Make one of a list of rows with "
+            "`Dataset.from_list`."
+        )
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError(f"`{name}` has no rows. Pass a dataset with at least one problem.")

@@ -181,7 +181,10 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         if args is None:
             args = SCoReConfig(f"{name.split('/')[-1]}-SCoRe")
         elif not isinstance(args, SCoReConfig):
-            raise TypeError(f"`args` must be a `SCoReConfig`, got `{type(args).__name__}`.")
+            raise TypeError(
+                f"`args` must be a `SCoReConfig`, got `{type(args).__name__}`. Change the name of the class: it takes the options "
+                "of `GRPOConfig` too."
+            )
         check_unsupported(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
         if args.correction_instruction is None:
             args.correction_instruction = CORRECTION_INSTRUCTION
