@@ -269,6 +269,11 @@ def test_the_table_has_the_metrics_of_every_evaluation():
     assert "| Accuracy@t2 |  | 0.0 [0.0, 0.0] |" in table([of(None, None), of(True, False)])
 
 
+def test_an_infinite_temperature_is_refused():
+    with pytest.raises(ValueError, match=r"`temperature=inf` .* set the first to 0 or more"):
+        evaluate_self_correction(BASE, "arithmetic", temperature=float("inf"))
+
+
 @pytest.mark.parametrize(
     ("rewards", "got"), [([1.0] * 3, "3 rewards"), ([1.0] * 5, "5 rewards"), (None, "`NoneType`")]
 )

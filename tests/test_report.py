@@ -121,6 +121,8 @@ def test_a_folder_with_nothing_is_an_error(tmp_path):
         write_report([tmp_path / "empty"], tmp_path / "report.html")
     with pytest.raises(FileNotFoundError, match="is no folder"):
         write_report([tmp_path / "missing"], tmp_path / "report.html")
+    with pytest.raises(ValueError, match="`max_rollouts=-1` is negative"):
+        write_report([tmp_path / "empty"], tmp_path / "report.html", max_rollouts=-1)
     assert not (tmp_path / "report.html").exists()
 
 

@@ -67,7 +67,7 @@ class Job(RolloutArguments):
                 f"`num_attempts={self.num_attempts}`, `num_samples={self.num_samples}`, `batch_size={self.batch_size}` and "
                 f"`max_completion_length={self.max_completion_length}`: set each to 1 or more."
             )
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
             raise ValueError(
                 f"`temperature={self.temperature}` and `top_p={self.top_p}`: set the first to 0 or more, the second above 0 and at "
                 "most to 1."

@@ -1,5 +1,6 @@
 """The configuration of `SCoReTrainer`."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
 
@@ -277,16 +278,16 @@ class SCoReConfig(GRPOConfig):
             raise ValueError(
                 f"`max_completion_length={self.max_completion_length}` is the most tokens of one attempt. Set it to 1 or more."
             )
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"`temperature={self.temperature}` leaves nothing to sample, and without different attempts at a problem there is "
-                "nothing to compare. Set it above 0; the paper uses 1.0. Evaluation has `eval_temperature`."
+                "nothing to compare. Set it to a number above 0; the paper uses 1.0. Evaluation has `eval_temperature`."
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p={self.top_p}` is no share of the probability. Set it above 0 and at most to 1.")
-        if self.eval_temperature < 0:
+        if not 0 <= self.eval_temperature < math.inf:
             raise ValueError(
-                f"`eval_temperature={self.eval_temperature}` is negative. Set it to 0 for greedy decoding, or above."
+                f"`eval_temperature={self.eval_temperature}` is no temperature. Set it to 0 for greedy decoding, or to a number above."
             )
 
     def _check_stages(self):

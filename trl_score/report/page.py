@@ -91,7 +91,12 @@ def write_report(
 
     Raises:
         `FileNotFoundError`: If a folder holds nothing to report.
+        `ValueError`: If `max_rollouts` is negative.
     """
+    if max_rollouts < 0:
+        raise ValueError(
+            f"`max_rollouts={max_rollouts}` is negative. Set it to 0 for a page without rollouts, or above."
+        )
     found = find(folders)
     made = figures(found)
     if figure_dir is not None:
