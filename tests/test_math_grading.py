@@ -193,6 +193,27 @@ NOTHING_STATED = [
 ]  # fmt: skip
 
 
+RETRACTED = [  # by what follows
+    "That's wrong.", "Wait, that's incorrect.", "\n\nHmm, that's not right. Let me redo it.", "No, this is not correct.", "However, this is wrong.",
+    "Oops, that isn't correct.", "This can't be right.", "That cannot be correct.", "This doesn't seem right.", "But that does not work.",
+    "This answer is incorrect.", "This is not the correct answer.", "This is the wrong answer.", "Wait, I made a mistake.", "(This is wrong.)", "❌",
+]  # fmt: skip
+KEPT = [
+    "This is correct.", "This is not wrong.", "It is wrong to say 41.", "This is incorrect only if n = 0.", "It is impossible for n to be larger.",
+    "It is not possible to do better.", "The previous answer was wrong.", "But the first solution is incorrect.", "Note that 41 is wrong.",
+    "Wait, I made a mistake in the previous attempt, not here.", "No other value works.", "This is not 41.", "It cannot be true that n > 42.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["The answer is 42.", r"\boxed{42}", r"So $n = \boxed{42}$.", "The final answer is $42$. I hope it is correct."],
+)
+def test_an_answer_that_is_taken_back_is_none_and_remarks_leave_it(form):
+    assert [after for after in RETRACTED if is_correct(f"{form} {after}", "42")] == []
+    assert [after for after in KEPT if not is_correct(f"{form} {after}", "42")] == []
+
+
 @pytest.mark.parametrize(("text", "gold"), NOTHING_STATED)
 def test_a_text_that_does_not_state_the_answer_gets_nothing_for_its_numbers(text, gold):
     assert not is_correct(text, gold)

@@ -72,7 +72,7 @@ OR_BEFORE = re.compile(r"(?:\beither\b|\banswer(?: is\b|:))[^.\n,]{0,40}\bor\b[^
 # --- denials ---
 
 NOT = r"(?:\bnot\b|n't\b|\bnever\b|\bcannot\b|\bneither\b|\binstead of\b|\brather than\b|\bunlike\b)"
-VERDICT = r"(?:wrong|incorrect|false|impossible|mistaken|a mistake|an error)\b"
+VERDICT = r"(?:wrong|incorrect|false|impossible|mistaken|a mistake|an error|the wrong \w+)\b"
 DENIED_BEFORE = re.compile(
     rf"(?:{NOT}(?:\s+(?:be|been|equal|equals|to|the|an?|answer|final|correct|right|value|just|simply|actually|really"
     r"|definitely|possibly))*|(?:\bnot|n't)\s+(?:the case|true|think|believe|say|claim|mean|sure)\b(?:(?!\b(?:so|but|thus|hence|therefore)\b)[^.,;:\n]){0,40}"
@@ -80,11 +80,19 @@ DENIED_BEFORE = re.compile(
     r"[\s$*(\[\\]*(?:[a-zA-Z]\s*=\s*)?$",
     re.IGNORECASE,
 )
+SO_SAYS = r"(?:(?:this|that|it)(?:\s+(?:answer|result|solution|value))?|which)"
+OF_ELSE = r"(?! (?:to|for|that)\b| (?:only )?(?:if|when)\b)"  # "it is wrong to say 41"
+TURNS = r"(?:\b(?:wait|hm+|no|oops|oh|sorry|but|and|however|actually|hold on)\b[\s,.!…–—-]*)*"  # "Wait, no:"
 DENIED_AFTER = re.compile(
-    rf"[\s$*)\]\\.]*(?:(?:,?\s*(?:which|but (?:that|this|it)|and (?:that|this)) |,\s*)?(?:is|was|are|would be|must be|seems|looks) (?:(?!not\b)\w+ )?{VERDICT}"
-    r"|(?:this|that|it) (?:is|was) (?:(?!not\b)\w+ )?(?:wrong|incorrect|mistaken|a mistake)\b"
-    r"|(?:is|was|are|would|can|could|must|should)(?:n['’]t| ?not)(?: \w+)?(?: be)? (?:the\b[\w ]{0,16}\banswer|right|correct|it\b|true|valid|possible)"
-    r"|does(?:n['’]t| not) work\b|\((?:wrong|incorrect|(?:not|no)(?=\)| (?:right|correct|the answer)))\b|\?\s*(?:no|wrong)\b)",
+    rf"[\s$*)\]\\.,…–—-]*\(?{TURNS}(?:"
+    rf"(?:{SO_SAYS}\s+)?(?:is|was|are|would be|must be|seems|looks) (?:(?!not\b)\w+ )?{VERDICT}{OF_ELSE}"
+    rf"|{SO_SAYS}['’]s (?:(?!not\b)\w+ )?{VERDICT}{OF_ELSE}"
+    rf"|(?:{SO_SAYS}\s+)?(?:(?:is|was|are|would|ca|could|must|should)n['’]t|(?:is|was|are|would|can|could|must|should) ?not|{SO_SAYS}['’]s not)"
+    rf"(?: \w+)?(?: be)? (?:the\b[\w ]{{0,16}}\banswer|(?:right|correct|it|true|valid|possible)\b{OF_ELSE})"
+    rf"|(?:{SO_SAYS}\s+)?does(?:n['’]t| not) (?:work|make sense|(?:seem|look|sound|feel)(?: \w+){{0,3}}? (?:right|correct))\b"
+    r"|(?<=\()(?:wrong|incorrect|(?:not|no)(?=\)| (?:right|correct|the answer)))\b|(?<=[–—-] )(?:wrong|incorrect)\b|[❌✗✘]"
+    r"|\?\s*(?:no|wrong)\b)|[\s$*)\]\\.,…–—-]*\b(?:wait|hm+|no|oops|actually|hold on)\b[\s,.!…–—-]*"
+    r"I(?:['’]ve| have)? (?:just )?made (?:a|an)(?: \w+)? (?:mistake|error)\b(?![^.\n]*\b(?:previous|earlier|first|original|initial|above|before)\b)",
     re.IGNORECASE,
 )
 
@@ -155,7 +163,7 @@ def _is_denied(text: str, start: int, end: int | None = None) -> bool:
     before = text[max(0, start - 200) : start]
     if DENIED_BEFORE.search(before[-100:]) or HYPOTHETICAL.search(before):
         return True
-    return end is not None and DENIED_AFTER.match(text[end : end + 60]) is not None
+    return end is not None and DENIED_AFTER.match(text[end : end + 120]) is not None
 
 
 def _is_of_another(text: str, label: re.Match, stop: int) -> bool:
@@ -283,7 +291,7 @@ def extract_answer(text: str) -> str | None:
     text = text[-MAX_TEXT:].rsplit("</think>", 1)[-1]
     if finals := _last(HOPE, text):
         final = finals[0].group(1)
-        if _is_denied(text, finals[0].start()):
+        if _is_denied(text, finals[0].start(), finals[0].end()):
             return ""
         box = next(_boxes(final), None)
         answer = unwrapped(box[1] if box else final)
