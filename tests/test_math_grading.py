@@ -66,6 +66,8 @@ def grader():
         (r"\boxed{4}. Wait. The answer is 3.", "3"),
         (r"The answer is \boxed{4}. It is not \boxed{5}.", "4"),
         (r"<think>\boxed{5}</think> I do not know", None),
+        ("<think>\nThe answer is 5. Wait, let me see", None),
+        ("<think>" + "I add. " * 5000 + r"\boxed{5}", None),
         ("I don't think there is an error, so the final answer is $5$. I hope it is correct.", "5"),
         (r"\boxed{4}. I do not believe that this is right so the answer is \boxed{5}.", "5"),
         (r"If $n=4$ then $2=3$, which is not the case, so the answer is $\boxed{5}$.", "5"),

@@ -361,6 +361,7 @@ def test_no_text_raises(text):
 
 def test_the_program_of_the_reasoning_is_none():
     assert "def" not in extract_program(f"<think>\n{block(F)}\n</think>\n\nI cannot solve this.", ["f"])
+    assert "def" not in extract_program(f"<think>\n{block(F)}\nWait, this is wrong" + " again" * 10_000, ["f"])
     other = "def g(x):\n    return x"
     assert extract_program(f"<think>\n{block(F)}\n</think>\n{block(other)}", ["f"]).strip() == other
 

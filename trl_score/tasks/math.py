@@ -125,9 +125,10 @@ class MathTask(Task):
         Raises:
             `ValueError`: If a gold answer cannot be parsed.
         """
+        ends = [math_grading.after_reasoning(text)[-math_grading.MAX_TEXT :] for text in texts]
         jobs = [
-            json.dumps({"text": text[-math_grading.MAX_TEXT :], "gold": gold, "problem": problem}).encode()
-            for text, gold, problem in zip(texts, golds, problems or [None] * len(texts), strict=True)
+            json.dumps({"text": text, "gold": gold, "problem": problem}).encode()
+            for text, gold, problem in zip(ends, golds, problems or [None] * len(texts), strict=True)
         ]
         verdicts, outcomes = [], self._pool.map(jobs, self.time_limit)
         if lost := [outcome.lost for outcome in outcomes if outcome.lost]:
@@ -148,9 +149,7 @@ class MathTask(Task):
 
     def answer(self, text: str, **row) -> str | None:
         """The final answer as it stands in the attempt; see [`Task.answer`]."""
-        return (
-            math_grading.extract_answer(text[-math_grading.MAX_TEXT :]) or None
-        )  # a final answer that is denied or empty
+        return math_grading.extract_answer(text) or None  # a final answer that is denied or empty
 
     def same_answers(self, first: list[str], second: list[str]) -> list[bool]:
         """Whether math-verify takes the answers for equal; see [`Task.same_answers`]."""

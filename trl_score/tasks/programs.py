@@ -11,6 +11,8 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import NamedTuple
 
+from .math_grading import after_reasoning
+
 
 MAX_TEXT = 50_000  # characters of an attempt that are looked at, from its end
 TRIPLE = r'("""|\'\'\')(?:\\.|(?!\1)[^\\]){0,3000}+\1'  # a triple-quoted string that is closed
@@ -153,7 +155,7 @@ CODE = re.compile(rf"\s*?(?:^[ \t]+\S|^(?:{STARTS.pattern}|{LEAVES.pattern}|>>> 
 
 def _plain(text: str) -> str:
     """The end of a text after its reasoning, with Python's line ends, and without spaces in it that Python does not know."""
-    text = re.sub("\r\n?", "\n", text.rsplit("</think>", 1)[-1][-MAX_TEXT:])
+    text = re.sub("\r\n?", "\n", after_reasoning(text)[-MAX_TEXT:])
     if re.search(r"^[ \t]*> ?(?:`{3}|~{3})", text, re.MULTILINE):  # quoted
         text = re.sub(r"^[ \t]*> ?(?!>)", "", text, flags=re.MULTILINE)
     return INVISIBLE.sub(lambda found: found[0].translate(SPACES | NO_SPACES) if found["odd"] else found[0], text)

@@ -19,10 +19,10 @@ from . import comparing
 from .notation import plain
 from .reading import Reading, elements, read
 from .repeating import is_asked, repeats
-from .stating import MAX_TEXT, extract_answer, unwrapped
+from .stating import MAX_TEXT, after_reasoning, extract_answer, unwrapped
 
 
-__all__ = ["MAX_TEXT", "extract_answer", "is_correct", "is_readable", "parse_gold"]
+__all__ = ["MAX_TEXT", "after_reasoning", "extract_answer", "is_correct", "is_readable", "parse_gold"]
 
 AT_ONCE = re.compile(  # no powers of powers, factorials, sums or numbers of ten digits
     r"(?!.*\d{10})(?:[a-zA-Z]\^(?:\d(?!\d)|\{\d\d?\})(?!\s*\^)|\^\{?\\circ\}?|[\w\s.,+*/()\[\]{}=<>:|&$-]|\\[ ,!;{}%$\\]"

@@ -128,6 +128,12 @@ EDGES = re.compile(r"^(?:\\[,;:! ]|~|\\q?quad\b)+|(?:\\[,;:!\\ ]|~|\\q?quad)+$|(
 ENDS = re.compile(r"""^\\?["“]|\\?["”]$|(?<![.,;:])[.,;:]$""")  # quotes, and one mark at the end: "3..." continues
 
 
+def after_reasoning(text: str) -> str:
+    """What stands behind the reasoning of a text; nothing if the reasoning is cut off before its `</think>`."""
+    rest = text.rsplit("</think>", 1)[-1]
+    return "" if rest.lstrip().startswith("<think>") else rest
+
+
 def unwrapped(answer: str) -> str:
     """Without the marks around it: dollars, bold, brackets, a closing full stop."""
     before = None
@@ -288,7 +294,7 @@ def extract_answer(text: str) -> str | None:
     Returns:
         `str` or `None`: LaTeX or a sentence; `None` if the text states no answer.
     """
-    text = text[-MAX_TEXT:].rsplit("</think>", 1)[-1]
+    text = after_reasoning(text)[-MAX_TEXT:]
     if finals := _last(HOPE, text):
         final = finals[0].group(1)
         if _is_denied(text, finals[0].start(), finals[0].end()):
