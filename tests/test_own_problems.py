@@ -3,6 +3,7 @@
 import json
 import linecache
 import logging
+from functools import partial
 
 import pytest
 from datasets import Dataset
@@ -444,6 +445,16 @@ def test_problems_of_reasoning_gym_are_graded_by_it(gym):
         gym.reward(["" for _ in gold], **columns) == gym.reward([f"{each}0" for each in gold], **columns) == [0.0] * 8
     )
     assert gym.answer("So <answer>3</answer>, no, <answer>4</answer>") == "4" and gym.answer("  ") is None
+
+
+def test_the_answer_to_reasoning_gym_stands_behind_the_reasoning():
+    read = partial(reasoning_gym.ReasoningGym.answer, None)
+    assert (
+        read("<think>\n1 + 2, so <answer>4</answer>?\nNo.</think>\n\n3")
+        == read("<think></think><answer> 3</answer>")
+        == "3"
+    )
+    assert read("<think>\n1 + 2, so <answer>3</answer>? Wait") is None
 
 
 def test_splits_of_reasoning_gym_are_the_same_each_time_and_disjoint(gym):

@@ -5,6 +5,7 @@ import re
 from datasets import Dataset
 
 from .base import Task, text_of
+from .math_grading import after_reasoning
 
 
 PREFIX = "reasoning_gym:"
@@ -18,7 +19,7 @@ class ReasoningGym(Task):
     graders of some generators evaluate an answer with sympy, in this process.
 
     The answer of an attempt is the text between `<answer>` and `</answer>`, as the package has it; without these tags, the whole
-    attempt. No problem of the test split is in the training split.
+    attempt after its reasoning (`</think>`). No problem of the test split is in the training split.
 
     Args:
         generator (`str`):
@@ -99,7 +100,8 @@ class ReasoningGym(Task):
             return 0.0
 
     def answer(self, text: str, **row) -> str | None:
-        """The text between the tags, or all of it; see [`Task.answer`]."""
+        """The text between the tags, or all of it, without the reasoning before `</think>`; see [`Task.answer`]."""
+        text = after_reasoning(text)
         found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
         return (found[-1] if found else text).strip() or None
 
