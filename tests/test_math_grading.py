@@ -286,6 +286,22 @@ def test_the_gold_answer_is_right_in_every_form(kind):
     assert [attempt for attempt in attempts if not is_correct(*attempt)] == []
 
 
+@pytest.mark.parametrize("gold", ["B", r"\text{(B)}", r"\textbf{(B)}\ 42"])
+def test_an_option_of_a_multiple_choice_may_be_written_out(gold):
+    right = ["B", "(B) 42", "B) 42", "B. 42", r"\textbf{(B)}\ 42", r"\text{(B)}\quad 42", "Option (B) 42"]
+    wrong = ["A", "(A) 42", "(B) 42, (C) 43", "(B) or (C)", "A. B", "B and C", "(A)(B)", "(B) 42 or C", r"(B) \cap C"]
+    assert [answer for answer in right if not is_correct(rf"\boxed{{{answer}}}", gold)] == []
+    assert [answer for answer in wrong if is_correct(rf"\boxed{{{answer}}}", gold)] == []
+    assert is_correct("The correct option is **(B) 42**.", gold) and not is_correct("The answer is (C) 42.", gold)
+    assert not is_correct("The answer is (B). Let me see. So the answer is (C) 43.", gold)
+
+
+def test_the_text_of_an_option_is_an_answer_too():
+    assert is_correct(r"\boxed{\textbf{(B)}\ 42}", "42") and is_correct(r"\boxed{42}", r"\textbf{(B)}\ 42")
+    for answer, gold in [("(B) 43", "42"), ("43", r"\textbf{(B)}\ 42"), ("(B) 43", r"\textbf{(B)}\ 42"), ("a", "a:b")]:
+        assert not is_correct(rf"\boxed{{{answer}}}", gold)
+
+
 REPEATED = [  # problem, gold, answers that only repeat the problem, answers that do not
     (r"Simplify $\sqrt{1331}$.", r"11\sqrt{11}", [r"\sqrt{1331}", r"\sqrt {1331}", r"\left(\sqrt{1331}\right)", r"x=\sqrt{1331}", "sqrt(1331)", "√1331",
      r"1\cdot\sqrt{1331}", r"\sqrt{1331}\text{ cm}", r"\displaystyle\sqrt{1331}", r"\sqrt[2]{1331}"], [r"11\sqrt{11}", r"\sqrt{11}\cdot 11", r"\sqrt{1331}=11\sqrt{11}"]),

@@ -16,7 +16,7 @@ import re
 from functools import lru_cache
 
 from . import comparing
-from .notation import plain
+from .notation import option, plain
 from .reading import Reading, elements, read
 from .repeating import is_asked, repeats
 from .stating import MAX_TEXT, after_reasoning, extract_answer, unwrapped
@@ -98,6 +98,14 @@ def is_correct(text: str, gold: str, problem: str | None = None) -> bool:
 def _is_gold(answer: str, gold: str, expected: Reading, problem: str | None) -> bool:
     if plain(answer) == plain(gold):
         return bool(answer)
+    if gold_option := option(gold):
+        letter, content = gold_option
+        if answer_option := option(answer):
+            return answer_option[0] == letter and plain(answer_option[1]) == plain(content)
+        return plain(answer) == letter or _is_gold(answer, content, parse_gold(content), problem)
+    if answer_option := option(answer):
+        letter, content = answer_option
+        return plain(gold) == letter or _is_gold(content, gold, expected, problem)
     gold_time, time = (CLOCK.fullmatch(each.replace(r"\!", "")) for each in (gold, answer))
     if gold_time and (gold_time["minute"] or gold_time["half"]):
         return time is not None and _time(gold_time) == _time(time)

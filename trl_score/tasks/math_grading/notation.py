@@ -179,3 +179,21 @@ def plain(answer: str) -> str:
     answer = re.sub(r"(?<=[a-zA-Z)])\s*(?:,|,?\s\band\b)\s*", ",", answer).strip().lower().removesuffix(".")
     option = re.fullmatch(r"(?:option |choice )?\(?([a-z])\)?", answer)
     return option[1] if option else answer
+
+
+OPTION = re.compile(  # with its text: no sum, product or set that begins with a letter in brackets
+    r"(?:(?i:option|choice)\s+)?(?:\(\s*([A-J])\s*\)|([A-J])\s*[).])(?:\s*(?![-+*/^_=|<>]|\\(?:cup|cap|times|cdot|in|setminus)\b)|\s+(?=-\d))(?=\S)"
+)
+ANOTHER_OPTION = re.compile(
+    r"\(\s*[A-J]\s*\)|(?<![\w\\])[A-J][).:]|(?:\b(?:or|and)\b|[,;/&])\s*[A-J](?![\w+*/^=-])|^\W*[A-J]\W*$"
+)
+
+
+def option(answer: str) -> tuple[str, str] | None:
+    """The letter and the text of an option of a multiple choice that is written out: "(B) 42"; `None` for anything else."""
+    bare = TEXT.sub(r"\1 ", MATH_MARKS.sub(" ", answer))
+    bare = re.sub(rf"\\(?:left|right)(?![a-zA-Z])|(?:{SPACE})+", " ", bare).strip()
+    found = OPTION.match(bare)
+    if not found or ANOTHER_OPTION.search(content := bare[found.end() :]):
+        return None
+    return (found[1] or found[2]).lower(), content

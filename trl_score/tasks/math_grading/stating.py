@@ -4,7 +4,7 @@ Where an attempt states its answer. A text that states none has none: no number 
 An answer is stated in one of these forms. The first row that the attempt has counts, and in it the last statement:
 
 1. the form that the prompt asks for: "The final answer is $..$. I hope it is correct.";
-2. a closed box; "the (final) answer is .."; "Answer: .." or "A: .."; ".. is the answer"; GSM8K's "#### .."; <answer>..</answer>;
+2. a closed box; "the (final) answer is .."; "Answer: .." or "A: .."; ".. is the answer"; "the correct option is .."; GSM8K's "#### .."; <answer>..</answer>;
 3. a last line that is nothing but the answer.
 
 A statement that the attempt itself denies ("it is not \boxed{5}", "\boxed{5} is wrong") is none, nor is one of an earlier answer or
@@ -25,7 +25,7 @@ HOPE = re.compile(r"final answer is\b:?((?:(?!final answer is\b)[\s\S]){0,1500}?
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 LABEL = re.compile(
     r"\banswer\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b(?: (?:therefore|thus|then|hence|simply|just|actually|still|now|again|indeed|clearly|also)\b)?|[:=])[:*_,]*"
-    r"|\bsolution is\b:?|^\W{0,4}A:|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
+    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|^\W{0,4}A:|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
 IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
@@ -43,7 +43,7 @@ CHECKED = re.compile(
 )  # "let us check our answer: .."
 DIRECT = re.compile(  # begins with a number, a formula or a letter: "5 cm", not "clear, since 3 + 4 = 7"
     r"[\W_]*(?:(?:about|approximately|exactly|only|just|simply|either|both|equal to)\s+)?[\W_]*"
-    r"(?:\d|[$\\]|\(?[a-zA-Z]\)?(?:\s*[-=^_(+*/]|\s*$)|[A-Z]{2,3}\b)"
+    r"(?:\d|[$\\]|\(?[a-zA-Z]\)?(?:\s*[-=^_(+*/]|\s*$)|[A-Z]{2,3}\b|\([A-J]\)\s|[A-J][).:]\s)"
 )
 BARE = re.compile(  # a line that is nothing but an answer, after the marks around it are gone
     r"(?:(?:[a-zA-Z]|\\[a-z]+|[a-zA-Z]\([a-z]\))(?:_\{?\w+\}?)?\s*(?:=|\\in\b)\s*)?"  # x =
