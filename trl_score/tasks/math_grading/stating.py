@@ -24,8 +24,8 @@ MAX_STATEMENTS = 50  # statements of one form that are looked at, from the last
 HOPE = re.compile(r"final answer is\b:?((?:(?!final answer is\b)[\s\S]){0,1500}?)I hope it is correct", re.IGNORECASE)
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 LABEL = re.compile(
-    r"\banswer\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b(?: (?:therefore|thus|then|hence|simply|just|actually|still|now|again|indeed|clearly|also)\b)?|[:=])[:*_,]*"
-    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|^\W{0,4}A:|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
+    r"\banswers?\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b(?: (?:therefore|thus|then|hence|simply|just|actually|still|now|again|indeed|clearly|also)\b)?|[:=])[:*_,]*"
+    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|\bsolutions are\b:?(?=\s*(?:\*\*)?(?:\$|\\[(\[]|-?\d|[a-z]\s*=))|^\W{0,4}A:(?![^\n]*\n+\W{0,4}B:)|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
 IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
@@ -34,7 +34,7 @@ IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
 )
 SENTENCE_END = re.compile(r"(?<![ap]\.m)(?<!\bvs)[.!?](?=[*_\"')]*(?:\s|$))", re.IGNORECASE)
 REASON = re.compile(
-    r",?\s*\b(?:because|since|which|hence|therefore|instead of|rather than)\b.*|, (?:and )?not\b.*|\s*\(not\b[^)]*\)",
+    r",?\s*\b(?:because|since|which|hence|therefore|instead of|rather than)\b.*|, (?:(?:and )?not|as|so|where)\b.*|\s*\(not\b[^)]*\)",
     re.IGNORECASE | re.DOTALL,
 )
 BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)(?<=\S)\*\*(?![\w(*])")  # no power
@@ -57,6 +57,10 @@ NUMBERED = re.compile(r"\d{1,2}[.)]")  # of a list that has just begun its next 
 MONEY = re.compile(r"[-+]?\$?\d[\d,.]*\$?")
 MONEY_SIGN = re.compile(r"(?<![\\$\w])\$(?=-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![\w\\^_{$]))|(?<=\d)\$(?![\w\\$])")
 TAGGED = re.compile(r"<answer>([^<]{1,1000})</answer>", re.IGNORECASE)
+BULLET = re.compile(r"\s*[-*•]\s+")  # of a list, here of one point
+END_TOKENS = re.compile(
+    r"(?:\s*(?:<\|\w+\|>|</?s>|<(?:end_of_turn|eos|pad)>))+\s*$"
+)  # of a model whose tokenizer takes them for text
 FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
 
 # --- parts of one answer, and alternatives to it ---
@@ -125,7 +129,9 @@ HYPOTHETICAL = re.compile(  # "it is a mistake to say the answer is 5", "if we h
 MATH_MARKS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 WRAPPED = re.compile(r"^(?:\*+|\$+|\\\(|\\\[|`+|_{2})\s*(.*?)\s*(?:\*+|\$+|\\\)|\\\]|`+|_{2})$", re.DOTALL)
 EDGES = re.compile(r"^(?:\\[,;:! ]|~|\\q?quad\b)+|(?:\\[,;:!\\ ]|~|\\q?quad)+$|(?<!\\)\\$")
-ENDS = re.compile(r"""^\\?["“]|\\?["”]$|(?<![.,;:])[.,;:]$""")  # quotes, and one mark at the end: "3..." continues
+ENDS = re.compile(
+    r"""^\\?["“]|\\?["”]$|^[✅✔☑✓]\ufe0f?|\s*[✅✔☑✓🎉]\ufe0f?$|(?<![.,;:])[.,;:]$"""
+)  # quotes, and one mark at the end: "3..." continues
 
 
 def after_reasoning(text: str) -> str:
@@ -227,6 +233,12 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
         lines = [line for line in rest.split("\n", 8)[:8] if re.search(r"\w", line)]  # here, or the next with words
         if not lines:
             continue
+        if text[text.rfind("\n", 0, label.start()) + 1 : label.end()].count("**") % 2:  # **Answer: 5** and so on
+            lines[0] = lines[0].split("**")[0]
+        elif lines[0] != rest.split("\n", 1)[0] and BULLET.match(lines[0]):
+            if BULLET.match("".join(lines[1:2])):
+                continue  # several points
+            lines[0] = BULLET.sub("", lines[0])
         end = None if "####" in label.group() else SENTENCE_END.search(lines[0])
         sentence = BOLD.sub(r"\1", lines[0][: end.start()] if end else lines[0])
         reason = REASON.search(sentence)
@@ -294,7 +306,7 @@ def extract_answer(text: str) -> str | None:
     Returns:
         `str` or `None`: LaTeX or a sentence; `None` if the text states no answer.
     """
-    text = after_reasoning(text)[-MAX_TEXT:]
+    text = END_TOKENS.sub("", after_reasoning(text)[-MAX_TEXT:])
     if finals := _last(HOPE, text):
         final = finals[0].group(1)
         if _is_denied(text, finals[0].start(), finals[0].end()):
