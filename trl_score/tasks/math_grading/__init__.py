@@ -123,7 +123,12 @@ def _is_gold(answer: str, gold: str, expected: Reading, problem: str | None) -> 
         if not comparing.is_consistent(sides) or not (named or is_asked(found.latex, problem)):
             return False
         value = sides[-1]
+        names, parts = comparing.named_values(expected.value), [str(part) for part in getattr(sides[0], "args", ())]
+        if names and parts and parts != list(names):  # (y, x) = (1, 2) for x = 1, y = 2
+            return False
     gold_value = expected.value
+    if comparing.is_set(gold_value) and re.search(r"\bor\b", found.latex):
+        value = comparing.union_of(value)
     if comparing.is_set(gold_value) or comparing.is_set(value):
         gold_value, value = (
             comparing.as_set(each, re.search(r"\band\b", one.latex) is None)

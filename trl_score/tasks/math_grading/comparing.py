@@ -3,6 +3,7 @@ Whether an answer is the gold answer. math-verify decides where letters are in i
 so is the kind of list: a pair is no list of two, and an interval no pair.
 """
 
+import re
 from decimal import Decimal
 
 from math_verify import verify
@@ -147,6 +148,13 @@ def chain_of(value: object) -> list | None:
     return [relations[0].lhs, *(relation.rhs for relation in relations)]
 
 
+def named_values(value: object) -> dict | None:
+    """The values of "x = 1, y = 2" by their names, if the names are in order; `None` for anything else."""
+    chains = [chain_of(item) for item in items_of(value) or []]
+    named = {str(chain[0]): chain[-1] for chain in chains if chain and isinstance(chain[0], Symbol)}
+    return named if len(named) == len(chains) and list(named) == sorted(named) else None
+
+
 def _is_solved(value: object) -> bool:
     """Whether inequalities bound a variable by numbers: 1 < x < 2, not 2x + 3 < 7."""
     relations = getattr(value, "_unsorted_args", None) or (
@@ -190,6 +198,12 @@ def as_set(value: object, is_union: bool) -> object:
     return Union(*sets) if is_union else Intersection(*sets)
 
 
+def union_of(value: object) -> object:
+    """A list of intervals as the set of the numbers in them; anything else as it is."""
+    parts = items_of(value) or [value]
+    return Union(*parts) if all(map(is_set, parts)) else value
+
+
 def same(gold: object, found: object) -> bool:
     """Whether two parsed answers are equal, in their kind and in each of their parts."""
     if isinstance(gold, Relational | SympyAnd) and isinstance(found, Relational | SympyAnd):
@@ -208,13 +222,15 @@ def same(gold: object, found: object) -> bool:
     if found_items is None and gold_items is not None and len(gold_items) == 1:
         return same(gold_items[0], found)
     if gold_items is not None and found_items is not None:
+        named = named_values(gold) or {}
+        if len({name[0] for name in named}) == len(named) > 1 and not any(map(chain_of, found_items)):
+            gold_items = list(named.values())  # 1, 2 for a = 1, b = 2: in the order of the names
+            return len(gold_items) == len(found_items) and all(map(same, gold_items, found_items))
         return _same_list(gold_items, found_items)
-    if gold_parts is not None and found_items is not None:  # x = 1, y = 2 for (1, 2)
-        chains = [chain_of(item) for item in found_items]
-        names = [str(chain[0]) for chain in chains if chain and isinstance(chain[0], Symbol)]
-        if len(names) != len(found_items) or names != sorted(set(names)) or gold_parts[0] != (True, True):
-            return False
-        found_parts = (True, True), [chain[-1] for chain in chains]
+    if gold_parts is not None and (named := named_values(found)):  # x = 1, y = 2 for (1, 2)
+        found_parts = (True, True), list(named.values())
+    elif found_parts is not None and (named := named_values(gold)):
+        gold_parts = (True, True), list(named.values())
     if gold_parts is not None and found_parts is not None:
         return (
             gold_parts[0] == found_parts[0]
@@ -256,7 +272,8 @@ def _same_relation(gold: object, found: object) -> bool:
         return verify([gold], [found], timeout_seconds=None)
     if not is_consistent(found_chain):
         return False
-    if is_name(gold_chain[0]) and str(gold_chain[0]) == str(found_chain[0]):
+    name, found_name = str(gold_chain[0]), str(found_chain[0])
+    if is_name(gold_chain[0]) and found_name in (name, re.sub(r"_\{?\d\}?$", "", name)):  # x = 1 for x_1 = 1
         return same(gold_chain[-1], found_chain[-1])
     if is_number(gold_chain[-1]) and isinstance(gold_chain[0], Symbol | AppliedUndef):  # x = 5 is not 2x = 10
         return str(gold_chain[0]) == str(found_chain[-1]) and same(gold_chain[-1], found_chain[0])
