@@ -247,7 +247,10 @@ FREE = {  # what is not the gold answer, though its number is in it: (gold, answ
     "repetitions": [("5", ["5,5", "5, 5, 5", "5 and 5", r"\{5,5\}", "5;5"]), ("1,2", ["1,1,2"])],
     "prefixes": [("0", ["0x10", "0b10", "0x0", "0y5"])],
     "ellipses": [("1,5", [r"1,2,\ldots,5", "1, ..., 5", r"1,\dots,5"]), ("5", ["...5", r"5,\ldots", "5, …"]), ("1,2", [r"1,2,\cdots", r"\{1,2,\ldots\}"])],
-    "two numbers": [("5", ["5 or 6", "5 +- 1", "5!", "5–6", "5 to 6", "5 vs 6", "5'", "5 mod 6 + 1", "5_6 7"]), ("6", [r"5\pm 1", "5 or 6", "5 = 6"])],
+    "named values": [("a=1, b=2", ["(a,b)=(2,1)", "(b,a)=(1,2)", "(2,1)", "2, 1", "a=2, b=1"]), ("x_1=1, x_2=2", ["x_1=2, x_2=1"])],
+    "parts of a union": [(r"(-\infty,2)\cup(3,\infty)", [r"(-\infty,2), (3,\infty)", r"(-\infty,2) \text{ and } (3,\infty)", r"(-\infty,2)"])],
+    "families of solutions": [(r"x=2 \pi k, k \in \mathbb{Z}", [r"2\pi", r"x=\pi k, k \in \mathbb{Z}", r"k \in \mathbb{Z}"])],
+    "two numbers": [("34", [r"3\,4", r"3\;4", r"3\ 4"]), ("5", ["5 or 6", "5 +- 1", "5!", "5–6", "5 to 6", "5 vs 6", "5'", "5 mod 6 + 1", "5_6 7"]), ("6", [r"5\pm 1", "5 or 6", "5 = 6"])],
     "rounding": [(r"\frac13", ["0.3333", "0.33334"]), (r"\pi", ["3.14", "3.1417"]), (r"\sqrt2", ["1.4143"]), ("10000", ["10001"]), ("123456", ["123456.5"])],
     "notation": [(r"0.\overline{3}", ["0.3"]), ("101_2", ["101_3"]), (r"3\pmod 7", [r"3\pmod 5"]), ("5:15 p.m.", ["5:15 a.m.", "5:15"]), ("5", ["5 p.m."])],
 }  # fmt: skip
@@ -273,6 +276,13 @@ WITHHELD = {  # the gold answer in other forms
     "clock times": [(r"5 \text{ p.m.}", ["5 p.m.", "5pm", "5:00 PM", r"5\text{ pm}"]), (r"5:15 \text{ p.m.}", ["5:15 pm", r"5\!:\!15\,\text{p.m.}"])],
     "numbers": [("2.5", ["2½", "2 1/2", r"2\frac12", "5/2"]), ("1234567", ["1 234 567", r"1,\!234,567"]), ("7", [r"\text{7}", r"\mathbf{7}", "7.0", r"7\,"])],
     "lists": [("1,2", ["2 and 1", r"\{2,1\}", "x=1 or x=2"]), (r"\frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}", [r"\frac{1\pm\sqrt5}{2}"]), (r"\text{A,C}", ["A and C"]), ("2:3", ["2 to 3"])],
+    "other spellings": [("120", [r"120\degree"]), ("12.5", [r"\text{\$}12.50", r"12\frac12\%", "12 1/2%"]), ("500", ["₹500"]), ("1:2", [r"1\colon 2", r"1 \text{ to } 2"]), ("10", [r"{5 \choose 2}"]),
+                        ("42", [r"\bf 42", r"{\bf 42}", r"\large 42"]), (r"33\frac13", [r"33\frac{1}{3}\%"]), ("5", [r"5\text{ N}\cdot\text{m}", r"5 \text{ kg}\cdot\text{m}^2/\text{s}"])],
+    "spaces and braces in text": [(r"\mathbb{Z}_2", [r"\mathbb Z_2", r"\mathbb{Z}_{2}"]), (r"\text{June 20}", [r"\text{June } 20"])],
+    "families of solutions": [(r"x=2 \pi k, k \in \mathbb{Z}", [r"x = 2\pi k, k \in \mathbb{Z}", r"2k\pi, \quad k\in\mathbb Z", r"x=2k\pi"])],
+    "names of values": [("42", [r"\det(A)=42", r"\|v\| = 42", r"V_{\text{max}} = 42", r"x_{\min}=42", r"\lim_{x\to 0} f(x) = 42", r"\operatorname{rank}(A)=42", r"n(A\cup B)=42", "f^{-1}(3)=42"]), ("2x", [r"\frac{dy}{dx}=2x"])],
+    "named values": [("a=1, b=2", ["(a,b)=(1,2)", "(1,2)", "1, 2", "b=2, a=1"]), ("x_1=1, x_2=2", ["x=1 or x=2", "x=1,2", "2, 1", "x_2=2, x_1=1"])],
+    "unions": [(r"(-\infty,2)\cup(3,\infty)", [r"(-\infty,2) \text{ or } (3,\infty)"])],
     "bases": [("101_2", ["101_{2}", r"101_{\text{two}}", "101 base 2"])],
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ SYMBOLS = str.maketrans(
     {"−": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/", "π": r"\pi ",
      "∞": r"\infty ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ",
      "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "√": "sqrt ", "θ": r"\theta ", "α": r"\alpha ",
-     "β": r"\beta ", "…": r"\ldots ", "’": "'", "“": '"', "”": '"', "€": "", "¢": "", "£": "", "¥": "", "\u00a0": " ", "\u2009": " ",
+     "β": r"\beta ", "…": r"\ldots ", "’": "'", "“": '"', "”": '"', "€": "", "¢": "", "£": "", "¥": "", "₹": "", "\u00a0": " ", "\u2009": " ",
      "\u202f": " ", **{sign: rf"\frac{{{digits[0]}}}{{{digits[1]}}}" for sign, digits in VULGAR.items()}}
 )  # fmt: skip
 
@@ -33,7 +33,7 @@ POWER = r"(?:\s*\^\s*\{?\s*-?[1-3]\s*\}?)?"
 ITEM_END = rf"(?={SPACE}*(?:$|[,;)\]]|\\\}}|\\text\s*\{{\s*(?:and|or)))"
 UNITS = [
     re.compile(SPACE + r"*\\frac\s*\{\s*\\text\s*\{[^{}]*\}[^{}]*\}\s*\{\s*\\text\s*\{[^{}]*\}[^{}]*\}(?=[\s.]*$)"),
-    re.compile(rf"(?<=[\d}})!%.a-zA-Z]){SPACE}*\\text\s*\{{(?!\s*,?\s*(?:and|or)\s*\}})[^{{}}]*\}}{POWER}(?:/\\text\{{[^{{}}]*\}}{POWER})?{ITEM_END}"),
+    re.compile(rf"(?<=[\d}})!%.a-zA-Z]){SPACE}*\\text\s*\{{(?!\s*,?\s*(?:and|or)\s*\}})[^{{}}]*\}}{POWER}(?:\s*(?:/|\\cdot)\s*\\text\{{[^{{}}]*\}}{POWER})*{ITEM_END}"),
     re.compile(rf"(?:(?<=[\d}})%])|(?<=\\pi)){SPACE}+{UNIT}{POWER}(?:{SPACE}*(?:/|{SPACE}per{SPACE}|-|{SPACE}){SPACE}*{UNIT}{POWER})*{ITEM_END}"),
     re.compile(rf"(?<=[\d}})]){SPACE}*{SHORT}{POWER}(?:/{UNIT}{POWER})?(?![a-zA-Z]){ITEM_END}"),
     re.compile(rf"{SPACE}*\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)(?:{SPACE}*(?:[CF]|\\text\s*\{{\s*[CF]\s*\}})(?![a-zA-Z]))?"),
@@ -66,7 +66,21 @@ def _recurring(match: re.Match) -> str:
     return rf"\frac{{{number}}}{{{'9' * len(period)}{'0' * len(start)}}}"
 
 
+def _percent(match: re.Match) -> str:
+    """A fraction of a percent: a decimal, if there is one."""
+    whole, above, below = (int(each or 0) for each in match.groups())
+    above += whole * below
+    if below and 1000 % below == 0:
+        return rf"{above / below:g}\%"
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
 REWRITES = [
+    (re.compile(r"\\(?:text|mathrm)\s*\{\s*\\?\$\s*\}"), ""),
+    (re.compile(r"\\degree(?![a-zA-Z])"), r"^\\circ "),
+    (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
+    (re.compile(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}"), r"\\binom{\1}{\2}"),
+    (re.compile(rf"(?:(?<=[^,;]),|;){SPACE}*(?:\\text\s*\{{[^{{}}]*\}})?{SPACE}*[a-zA-Z]{SPACE}*\\in{SPACE}*\\(?:mathbb|mathbf){SPACE}*\{{?\s*[ZN]\s*\}}?$"), ""),  # of a family of solutions
     (re.compile(r"\\\\(?=[a-zA-Z])(?!.*\\begin)"), r"\\"),
     (re.compile(r"\\!\s*"), ""),
     (re.compile(r"\\text\s*\{\s*,\s*\}"), ", "),
@@ -75,7 +89,7 @@ REWRITES = [
     (re.compile(r"\\(sqrt|[dtc]?frac)\s*(\\(?:pi|theta|alpha|beta))(?![a-zA-Z])"), r"\\\1{\2}"),
     (re.compile(r"(?<=\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})|^-?\d{1,3}(?:,\d{3})+(?=\s*\\(?:pi|sqrt))"), lambda m: m.group().replace(",", "")),
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+"), lambda power: f"^{{{power.group().translate(SUPERSCRIPTS)}}}"),
-    (re.compile(r"\\(?:bold(?:symbol)?|bm|pmb|displaystyle|limits|phantom)(?![a-zA-Z])|\\[mb]?(?:left|right)(?=\s*[.])\s*\."), " "),
+    (re.compile(r"\\(?:bold(?:symbol)?|bm|pmb|displaystyle|limits|bf|rm|it|large|Large|huge|phantom)(?![a-zA-Z])|\\[mb]?(?:left|right)(?=\s*[.])\s*\."), " "),
     (re.compile(r"\\(?:left|right|[bB]ig+[lr]?)(?![a-zA-Z])\s*"), ""),
     (re.compile(rf"\\(?:math(?:rm|it)|text|operatorname)\s*\{{\s*({FUNCTIONS})\s*\}}"), r"\\\1 "),
     (re.compile(r"\\(?:math(?:rm|bf|it)|text)\s*\{\s*(-?\d[\d,.]*|[ei])\s*\}"), r"{\1}"),
@@ -104,7 +118,7 @@ REWRITES = [
     (re.compile(rf"(?<=\d)\s*\((?:{'|'.join(COUNTS)})\)$"), ""),
     (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|x(?=10\^))"), r"\\times "),
     (re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])"), r"\\cup "),
-    (re.compile(r"^(\d+) to (\d+)$"), r"\1:\2"),
+    (re.compile(r"^(\d+)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(\d+)$"), r"\1:\2"),
     (re.compile(r"(?<=\d)(?:(?:st|nd|rd|th)(?![a-zA-Z])|\^\s*\{?\s*\\?(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?)"), ""),
     (re.compile(SPACE + r"*\\?%|\s*\b(?:percent|pct)\b|\\text\s*\{\s*(?:percent|\\?%)\s*\}"), r"\\% "),
     (re.compile(r"(\^\s*\{[^{}]*\}|\^\s*\w)\s*(_\s*\{[^{}]*\}|_\s*\w)"), r"\2\1"),  # x^2_1
@@ -115,6 +129,7 @@ REWRITES = [
     (re.compile(r"(?P<whole>\d+)\.(?P<start>\d*?)(?P<period>\d+?)(?P=period){2,}\s*(?:\\[lc]?dots|\.\.\.)"), _recurring),
     (re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])"), r"\1\\cdot 10^{\2}"),
     (re.compile(r"(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\\frac{\2}{\3}"),  # 2 3/4, read as (2+3)/4
+    (re.compile(r"(\d+)?\s*\\[dtc]?frac\s*\{?\s*(\d{1,4}?)\s*\}?\s*\{?\s*(\d{1,4})\s*\}?\s*\\%"), _percent),  # 33\frac13\%, not read
     (re.compile(r"(?<![\w.}^_)/])(\d+)/(\d+)(?=\s+(?:\\(?:pi|sqrt)|[a-zA-Z])(?![a-zA-Z]))"), r"\\frac{\1}{\2}"),  # 4/3 pi, read as 4/(3 pi)
     (re.compile(r"(?<![\w.\\^{])(\d+)\s*\((?=\s*-?\d)"), r"\1\\cdot("),  # 3(4), read as 3+4
     (re.compile(r"(?<=\d)(?:(?:\s|~|\\[ ,;:])+|\{,\})(?=\d{3}(?!\d))"), ""),  # 12 345 and 12\,345, added up
@@ -175,8 +190,12 @@ def without_units(latex: str) -> str:
 
 def plain(answer: str) -> str:
     """Without the marks of text: names are compared by letter."""
+    answer = re.sub(r"(?<=\d)\\[,; ](?=\d)(?!\d{3}(?!\d))", " ", answer)  # 3\,4 is no 34
     answer = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;! ]", "", TEXT.sub(r"\1", answer).replace("~", " "))
-    answer = re.sub(r"(?<=[a-zA-Z)])\s*(?:,|,?\s\band\b)\s*", ",", answer).strip().lower().removesuffix(".")
+    answer = re.sub(r"(?<=[a-zA-Z)])\s*(?:,|,?\s\band\b)\s*", ",", answer)
+    answer = re.sub(r"(?<=[a-zA-Z])\{(\w)\}", r" \1", answer)  # \mathbb{Z} and \mathbb Z
+    answer = " ".join(re.sub(r"\{(\w)\}", r"\1", answer).split())
+    answer = re.sub(r" (?!\w)|(?<!\w) ", "", answer).lower().removesuffix(".")
     option = re.fullmatch(r"(?:option |choice )?\(?([a-z])\)?", answer)
     return option[1] if option else answer
 

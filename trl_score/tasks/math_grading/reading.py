@@ -82,7 +82,9 @@ NAMED = re.compile(  # a sentence that names one number: "Each of them needs 101
 )
 
 LEFT_SIDE = re.compile(  # names that math-verify does not read
-    r"^(?:\\text\s*\{[^{}\d]+\}|[a-zA-Z]\s*\^\s*\{\s*-\s*1\s*\}\s*\([a-z]\)|[A-Za-z]{3,}(?: [a-z]+)*|m?\s*\\angle\s*[A-Z]{1,3}|P\s*\([^()=]*\)|\|[A-Z]{2}\|)\s*=\s*(?=[^=]+$)"
+    r"^(?:\\text\s*\{[^{}\d]+\}|[a-zA-Z]\s*\^\s*\{\s*-\s*1\s*\}\s*\([^()=]*\)|[A-Za-z]{3,}(?: [a-z]+)*|m?\s*\\angle\s*[A-Z]{1,3}|[PEn]\s*\([^()=]*\)|\|[A-Z]{2}\|"
+    r"|\\(?:det|dim|deg|gcd|lim|max|min|sup|inf)(?![a-zA-Z])[^=]*|\\(?:text|operatorname)\s*\{[^{}\d]+\}\s*\([^()=]*\)|\\\|[^=|]+\\\||[A-Z]\s*\^\s*\{\s*-\s*1\s*\}"
+    r"|\\frac\s*\{\s*d\s*[a-z]\s*\}\s*\{\s*d\s*[a-z]\s*\}|[a-zA-Z]\s*_\s*(?:\\(?:min|max)|\{\s*\\(?:min|max|(?:text|operatorname)\s*\{[^{}\d]+\})\s*\}))\s*=\s*(?=[^=]+$)"
 )
 BASE = re.compile(
     r"(?<=\d)\s*(?:\}\s*)?_\s*\{?\s*(?:\\text\s*\{\s*)?(?:base\s*\}?\s*)?(\w+)\s*\}?\s*\}?\s*$|(?<=\d)\s*\(?\s*(?:in )?base\s+(\w+)\s*\)?$"
