@@ -25,14 +25,16 @@ HOPE = re.compile(r"final answer is\b:?((?:(?!final answer is\b)[\s\S]){0,1500}?
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 LABEL = re.compile(
     r"\banswers?\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b(?: (?:therefore|thus|then|hence|simply|just|actually|still|now|again|indeed|clearly|also)\b)?|[:=])[:*_,]*"
-    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|\bsolutions are\b:?(?=\s*(?:\*\*)?(?:\$|\\[(\[]|-?\d|[a-z]\s*=))|^\W{0,4}A:(?![^\n]*\n+\W{0,4}B:)|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
+    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|^\W{0,4}A:(?![^\n]*\n+\W{0,4}B:)|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
 IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
     r"(\$[^$\n]+\$|\\\([^\n]+?\\\)|(?<![\w.,$])-?\d[\d,./]*)[*_]* is (?:the|our|my) (?:final |correct )?(?:answer|solution)\b",
     re.IGNORECASE,
 )
-SENTENCE_END = re.compile(r"(?<![ap]\.m)(?<!\bvs)[.!?](?=[*_\"')]*(?:\s|$))", re.IGNORECASE)
+SENTENCE_END = re.compile(
+    r"(?<![ap]\.m)(?<!\bvs)[.!?](?=[*_\"')]*(?:\s|$))|(?<=[.!?]\$)(?=\s)|(?<=[.!?]\\\))(?=\s)", re.IGNORECASE
+)
 REASON = re.compile(
     r",?\s*\b(?:because|since|which|hence|therefore|instead of|rather than)\b.*|, (?:(?:and )?not|as|so|where)\b.*|\s*\(not\b[^)]*\)",
     re.IGNORECASE | re.DOTALL,
