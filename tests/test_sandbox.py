@@ -369,6 +369,18 @@ HONEST = {
     "unusual text": ("def f(x): return x + '\\x00\\ud800\\n'", "assert f('é😀') == 'é😀\\x00\\ud800\\n'"),
     "recursion of 900 calls": ("def f(n): return 0 if n == 0 else 1 + f(n - 1)", "assert f(900) == 900"),
     "encodings": ("import codecs\ndef f(s): return codecs.encode(s, 'rot13') + s.encode('utf-16').decode('utf-16')", "assert f('ab') == 'noab'"),
+    "standard output replaced": (
+        "import io, sys\ndef f():\n    sys.stdout = io.StringIO()\n    print('a')\n    text = sys.stdout.getvalue()\n"
+        "    sys.stdout = sys.__stdout__\n    print('b')\n    return text",
+        "assert f() == 'a\\n' == f()",
+    ),
+    "standard output closed": ("import sys\nsys.stdout.close()\ndef f(): return 1", "assert f() == 1"),
+    "a long line": ("print('x' * (30 << 20))\ndef f(): return 1", "assert f() == 1"),
+    "modules inside of packages": (
+        "import ctypes.util, email.mime.text, http.cookies, multiprocessing.pool, wsgiref.util, xml.dom.minidom, xml.sax.saxutils\n"
+        "from concurrent.futures import ProcessPoolExecutor\ndef f(s): return xml.dom.minidom.parseString(s).documentElement.tagName",
+        "assert f('<a/>') == 'a'",
+    ),
     "working directory": ("import os\ndef f(): return os.getcwd(), os.path.exists('/etc/passwd')", "assert f() == ('/', False)"),
 }  # fmt: skip
 

@@ -188,7 +188,11 @@ class Printed(io.BytesIO):
     """What the program prints, for the tests that look at it."""
 
     def write(self, data) -> int:
-        return super().write(data) if self.tell() < MAX_PRINTED else len(data)
+        super().write(data[: max(0, MAX_PRINTED - self.tell())])
+        return len(data)
+
+    def close(self) -> None:
+        """Stays open where the program closes or replaces `sys.stdout`."""
 
     def taken(self) -> str:
         text = self.getvalue().decode("utf-8", "replace") if self.tell() else ""

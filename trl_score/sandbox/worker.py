@@ -53,6 +53,14 @@ NOT_LOADED = {  # of the standard library: they act when imported, or are large 
 }  # fmt: skip
 
 
+def load_with_children(name: str) -> None:
+    module = importlib.import_module(name)
+    for child in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        if child.name not in ("__main__", "mbcs", "oem", "test", "tests"):
+            with contextlib.suppress(Exception):
+                load_with_children(f"{name}.{child.name}")
+
+
 def load_modules(packages: list[str]) -> None:
     """Load the standard library, with what it would load later, and the packages: no program can open a file."""
     with warnings.catch_warnings():
@@ -60,14 +68,8 @@ def load_modules(packages: list[str]) -> None:
         for name in sorted(sys.stdlib_module_names - NOT_LOADED):
             if not name.startswith("_"):
                 with contextlib.suppress(Exception):  # not on this system
-                    module = importlib.import_module(name)
-                    if name in ("collections", "concurrent", "email", "encodings", "html", "importlib", "json",
-                                "logging", "urllib", "xml", "unittest", "asyncio", "zoneinfo", "os"):  # fmt: skip
-                        for child in pkgutil.iter_modules(getattr(module, "__path__", ())):
-                            if child.name not in ("mbcs", "oem", "__main__"):
-                                with contextlib.suppress(Exception):
-                                    importlib.import_module(f"{name}.{child.name}")
-        for name in ("_strptime", "_pydecimal", "concurrent.futures.thread", "xml.etree.ElementTree"):
+                    load_with_children(name)
+        for name in ("_strptime", "_pydecimal"):
             importlib.import_module(name)
         for name in packages:
             importlib.import_module(name)
@@ -149,7 +151,7 @@ def candidate(file: int) -> None:
 
     peer = channel.Peer(file, channel.everything, False, {"load": load, "names": bound})
     peer.printed = channel.Printed()
-    sys.stdout = io.TextIOWrapper(peer.printed, "utf-8", "backslashreplace", "", write_through=True)
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(peer.printed, "utf-8", "backslashreplace", "", write_through=True)
     with contextlib.suppress(EOFError):
         while True:
             peer.serve(peer.receive())
