@@ -278,6 +278,8 @@ WITHHELD = {  # the gold answer in other forms
     "lists": [("1,2", ["2 and 1", r"\{2,1\}", "x=1 or x=2"]), (r"\frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}", [r"\frac{1\pm\sqrt5}{2}"]), (r"\text{A,C}", ["A and C"]), ("2:3", ["2 to 3"])],
     "other spellings": [("120", [r"120\degree"]), ("12.5", [r"\text{\$}12.50", r"12\frac12\%", "12 1/2%"]), ("500", ["₹500"]), ("1:2", [r"1\colon 2", r"1 \text{ to } 2"]), ("10", [r"{5 \choose 2}"]),
                         ("42", [r"\bf 42", r"{\bf 42}", r"\large 42"]), (r"33\frac13", [r"33\frac{1}{3}\%"]), ("5", [r"5\text{ N}\cdot\text{m}", r"5 \text{ kg}\cdot\text{m}^2/\text{s}"])],
+    "two forms of one answer": [(r"\frac12", [r"\frac{1}{2}$ or $0.5", r"\frac{1}{2} \text{ or } 0.5", r"\frac12$ or $50\%"])],
+    "marks inside of an answer": [(r"5:30 \text{ p.m.}", ["5:30$ pm$"]), ("5", [r"\mathbf{x = 5}"]), (r"(-\infty,\infty)", [r"\text{All real numbers}"])],
     "spaces and braces in text": [(r"\mathbb{Z}_2", [r"\mathbb Z_2", r"\mathbb{Z}_{2}"]), (r"\text{June 20}", [r"\text{June } 20"])],
     "families of solutions": [(r"x=2 \pi k, k \in \mathbb{Z}", [r"x = 2\pi k, k \in \mathbb{Z}", r"2k\pi, \quad k\in\mathbb Z", r"x=2k\pi"])],
     "names of values": [("42", [r"\det(A)=42", r"\|v\| = 42", r"V_{\text{max}} = 42", r"x_{\min}=42", r"\lim_{x\to 0} f(x) = 42", r"\operatorname{rank}(A)=42", r"n(A\cup B)=42", "f^{-1}(3)=42"]), ("2x", [r"\frac{dy}{dx}=2x"])],

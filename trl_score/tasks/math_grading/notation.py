@@ -89,7 +89,7 @@ REWRITES = [
     (re.compile(r"\\(sqrt|[dtc]?frac)\s*(\\(?:pi|theta|alpha|beta))(?![a-zA-Z])"), r"\\\1{\2}"),
     (re.compile(r"(?<=\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})|^-?\d{1,3}(?:,\d{3})+(?=\s*\\(?:pi|sqrt))"), lambda m: m.group().replace(",", "")),
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+"), lambda power: f"^{{{power.group().translate(SUPERSCRIPTS)}}}"),
-    (re.compile(r"\\(?:bold(?:symbol)?|bm|pmb|displaystyle|limits|bf|rm|it|large|Large|huge|phantom)(?![a-zA-Z])|\\[mb]?(?:left|right)(?=\s*[.])\s*\."), " "),
+    (re.compile(r"\\mathbf(?=\s*\{[^{}]*=)|\\(?:bold(?:symbol)?|bm|pmb|displaystyle|limits|bf|rm|it|large|Large|huge|phantom)(?![a-zA-Z])|\\[mb]?(?:left|right)(?=\s*[.])\s*\."), " "),
     (re.compile(r"\\(?:left|right|[bB]ig+[lr]?)(?![a-zA-Z])\s*"), ""),
     (re.compile(rf"\\(?:math(?:rm|it)|text|operatorname)\s*\{{\s*({FUNCTIONS})\s*\}}"), r"\\\1 "),
     (re.compile(r"\\(?:math(?:rm|bf|it)|text)\s*\{\s*(-?\d[\d,.]*|[ei])\s*\}"), r"{\1}"),
@@ -175,7 +175,7 @@ def notation(answer: str) -> str:
     for _ in range(3):
         text = LEAD.sub("", text)
     text = re.sub(
-        r"\\text\s*\{\s*(?:all )?real(?: number)?s\s*\}|\b(?:all )?real numbers\b|\ball reals\b", r"\\mathbb{R}", text
+        r"(?i)\\text\s*\{\s*(?:all )?real(?: number)?s\s*\}|\b(?:all )?real numbers\b|\ball reals\b", r"\\mathbb{R}", text
     )
     for pattern, rewritten in REWRITES:
         text = pattern.sub(rewritten, text)
