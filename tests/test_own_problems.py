@@ -172,6 +172,7 @@ def test_gold_answers_of_a_dataset_are_in_the_form_that_the_grader_reads():
         (["2\\sqrt{3}", "3\\pi"], ["The answer is $\\boxed{2\\sqrt{3}}$.", "So $\\boxed{3\\pi}$"], [1.0, 1.0]),
         (["2\\sqrt{3}", "3\\pi"], ["The answer is $\\boxed{2}$.", "So $\\boxed{3}$"], [0.0, 0.0]),
         ([5, 7], ["$\\boxed{5}$", "$\\boxed{8}$"], [1.0, 0.0]),
+        (["18 dollars", "\\$18.50"], ["$\\boxed{18}$", "$\\boxed{18.5}$"], [1.0, 1.0]),
         (["$\\frac{1}{2}$", "So it is $\\boxed{4}$"], ["$\\boxed{0.5}$", "$\\boxed{4}$"], [1.0, 1.0]),
     ],
 )

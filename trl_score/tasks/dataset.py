@@ -184,7 +184,9 @@ def _mathematics(answer: object) -> str | None:
     if answer is None:
         return None
     text = str(answer).strip()
-    is_text = re.search(r"\$|\\boxed|####|\n|(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}", text)
+    is_text = re.search(
+        r"(?<!\\)\$|\\boxed|####|\n|(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|^-?[\d.,]+\s+[a-zA-Z]{3,}$", text
+    )
     return text if is_text else f"$\\boxed{{{text}}}$"
 
 

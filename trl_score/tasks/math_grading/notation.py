@@ -175,7 +175,9 @@ def notation(answer: str) -> str:
     for _ in range(3):
         text = LEAD.sub("", text)
     text = re.sub(
-        r"(?i)\\text\s*\{\s*(?:all )?real(?: number)?s\s*\}|\b(?:all )?real numbers\b|\ball reals\b", r"\\mathbb{R}", text
+        r"(?i)\\text\s*\{\s*(?:all )?real(?: number)?s\s*\}|\b(?:all )?real numbers\b|\ball reals\b",
+        r"\\mathbb{R}",
+        text,
     )
     for pattern, rewritten in REWRITES:
         text = pattern.sub(rewritten, text)
