@@ -25,6 +25,8 @@ BODY = "    return sum(xs) / len(xs)"
         f"First try:\n```python\ndef area(r): return 0\n```\nCorrected:\n```python\n{PROGRAM}\n```",
         f"[BEGIN]\n{PROGRAM}\n[DONE]",
         f"[BEGIN]\n{PROGRAM}",
+        f"{PROGRAM}<|im_end|>",
+        f"{PROGRAM}</s>\n",
         f"{PROGRAM}\n[DONE]\n\nYou are an expert Python programmer, and here is your task",
         f"[BEGIN]\ndef area(r): pass\n[DONE]\nNo.\n[BEGIN]\n{PROGRAM}\n[DONE]",
         f"[BEGIN]\n```python\n{PROGRAM}\n```\n[DONE]",

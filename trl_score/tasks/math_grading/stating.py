@@ -60,9 +60,8 @@ MONEY = re.compile(r"[-+]?\$?\d[\d,.]*\$?")
 MONEY_SIGN = re.compile(r"(?<![\\$\w])\$(?=-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![\w\\^_{$]))|(?<=\d)\$(?![\w\\$])")
 TAGGED = re.compile(r"<answer>([^<]{1,1000})</answer>", re.IGNORECASE)
 BULLET = re.compile(r"\s*[-*•]\s+")  # of a list, here of one point
-END_TOKENS = re.compile(
-    r"(?:\s*(?:<\|\w+\|>|</?s>|<(?:end_of_turn|eos|pad)>))+\s*$"
-)  # of a model whose tokenizer takes them for text
+# Of a model whose tokenizer takes them for text.
+END_TOKENS = re.compile(r"(?:\s*(?:<\|\w+\|>|</?s>|<(?:end_of_turn|eos|pad)>))+\s*$")
 FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
 
 # --- parts of one answer, and alternatives to it ---
@@ -137,8 +136,12 @@ ENDS = re.compile(
 
 
 def after_reasoning(text: str) -> str:
-    """What stands behind the reasoning of a text; nothing if the reasoning is cut off before its `</think>`."""
+    """
+    What stands behind the reasoning of a text, without the end tokens that were written as text; nothing if the reasoning is cut
+    off before its `</think>`.
+    """
     rest = text.rsplit("</think>", 1)[-1]
+    rest = rest[:-500] + END_TOKENS.sub("", rest[-500:])  # its time grows with the square
     return "" if rest.lstrip().startswith("<think>") else rest
 
 
@@ -308,7 +311,7 @@ def extract_answer(text: str) -> str | None:
     Returns:
         `str` or `None`: LaTeX or a sentence; `None` if the text states no answer.
     """
-    text = END_TOKENS.sub("", after_reasoning(text)[-MAX_TEXT:])
+    text = after_reasoning(text)[-MAX_TEXT:]
     if finals := _last(HOPE, text):
         final = finals[0].group(1)
         if _is_denied(text, finals[0].start(), finals[0].end()):
