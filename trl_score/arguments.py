@@ -154,7 +154,7 @@ class TrainArguments(TaskArguments):
         first_attempts (`str`, *optional*):
             Folder of `trl-score collect` with first attempts at the problems to train on, for `offline_first_attempts`.
         collapse_window (`int`, *optional*, defaults to `10`):
-            Logs without corrections after which the collapse alarm goes off. 0: no alarm.
+            Optimizer steps without corrections after which the collapse alarm warns. 0: no alarm.
         keep_best_checkpoint (`bool`, *optional*, defaults to `False`):
             Keep the checkpoint with the highest training reward of the last attempt, for each stage.
         best_checkpoint_window (`int`, *optional*, defaults to `10`):
@@ -167,7 +167,9 @@ class TrainArguments(TaskArguments):
     first_attempts: str | None = option(
         None, "Folder of `trl-score collect` with first attempts, for `offline_first_attempts`."
     )
-    collapse_window: int = option(10, "Logs without corrections after which the collapse alarm goes off. 0: no alarm.")
+    collapse_window: int = option(
+        10, "Optimizer steps without corrections after which the collapse alarm warns. 0: no alarm."
+    )
     keep_best_checkpoint: bool = option(
         False,
         "Keep the checkpoint with the highest training reward of the last attempt, for each stage, in `_best-stage1` and "
@@ -179,8 +181,9 @@ class TrainArguments(TaskArguments):
     def __post_init__(self):
         if self.collapse_window < 0 or self.best_checkpoint_window < 1:
             raise ValueError(
-                f"`collapse_window={self.collapse_window}` and `best_checkpoint_window={self.best_checkpoint_window}` are "
-                "numbers of logs. Set the first to 0 or more, the second to 1 or more."
+                f"`collapse_window={self.collapse_window}` is a number of steps and "
+                f"`best_checkpoint_window={self.best_checkpoint_window}` a number of logs. Set the first to 0 or more, the second to 1 "
+                "or more."
             )
         if self.load_best_checkpoint_at_end and not self.keep_best_checkpoint:
             raise ValueError(
