@@ -52,7 +52,7 @@ class Finding:
 @dataclass
 class Check:
     """
-    What was found.
+    The result of `trl-score check`.
 
     Attributes:
         findings (`list[Finding]`):
@@ -60,7 +60,7 @@ class Check:
         metrics (`dict`):
             Name to `{value, low, high}`: shares with 95 % intervals over problems. Empty if something has to be mended first.
         decoding (`str`):
-            How they were sampled.
+            How the rollouts were sampled.
         worth (`str`):
             Whether it is worth training: `"yes"`, `"perhaps"` or `"no"`.
         advice (`list[str]`):
@@ -152,11 +152,11 @@ def check(
 
     Args:
         limit (`int`, *optional*, defaults to `64`):
-            Problems to sample, drawn at random. The intervals tell whether they are enough.
+            Number of problems to sample, drawn at random. The intervals show whether they are enough.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature of the training to come.
         split (`str`, *optional*, defaults to `"train"`):
-            The split of the task that the problems are from.
+            Split of the task to take the problems from.
         model, task, **settings:
             These and the other arguments are described for [`~trl_score.evaluation.evaluate_self_correction`].
 
