@@ -195,7 +195,7 @@ def check_held_out(rollouts: list[dict], held_out: Dataset | None) -> None:
     """No problem that is evaluated on is learnt from."""
     seen = {json.dumps(prompt) for prompt in (() if held_out is None else held_out["prompt"])}
     if any(json.dumps(row["prompt"]) in seen for row in rollouts):
-        raise ValueError("A problem of the test split is among those to learn from. Make the splits disjoint.")
+        raise ValueError("A problem of the test split is also in the training data. Make the splits disjoint.")
 
 
 class ResumableSFTTrainer(SFTTrainer):

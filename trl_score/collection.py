@@ -128,11 +128,11 @@ def _check_tokenizer(folder: str | Path, settings: dict, rollouts: list[dict], t
         return  # texts, of an endpoint
     if settings.get("tokenizer") is None:
         logger.warning(
-            f"'{folder}' does not say which tokenizer its token ids are of. They are taken as they are: make sure that it is the "
-            "tokenizer of the model that is trained, or collect again."
+            f"'{folder}' does not say which tokenizer made its token ids, so they are used unchecked. Make sure that it is the "
+            "tokenizer of the model to be trained, or collect again."
         )
     elif settings["tokenizer"]["vocabulary"] != of_tokenizer(tokenizer)["vocabulary"]:
         raise ValueError(
-            f"'{folder}' holds token ids of another tokenizer, the one of '{settings['model']}': to the model that is trained they "
-            "would be other words. Collect with a model that has the same tokenizer."
+            f"'{folder}' holds token ids of another tokenizer, that of '{settings['model']}': the model to be trained would read them "
+            "as other words. Collect with a model that has the same tokenizer."
         )

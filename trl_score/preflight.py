@@ -223,18 +223,18 @@ def check_grader(task: Task, rows) -> Finding:
         return Finding(
             "grader",
             "bad",
-            f"an empty attempt at problem {empty[0]} gets {graded[empty[0]][1]:g}, as at {len(empty)} of {len(rows)}",
+            f"empty attempts get a reward at {len(empty)} of {len(rows)} problems, such as {graded[empty[0]][1]:g} at problem {empty[0]}",
         )
     if wrong:
         shown = " ".join(golds[wrong[0]].split())
         return Finding(
             "grader",
             "bad",
-            f"{len(wrong)} of {len(known)} right attempts do not get 1, such as '{shown[:60]}' at problem {wrong[0]}: is that the form "
-            "that the grader reads? A task says it in `gold`",
+            f"{len(wrong)} of {len(known)} right attempts do not get 1, such as '{shown[:60]}' at problem {wrong[0]}: check that `gold` of "
+            "the task returns the form that the grader reads",
         )
     if not known:
-        return Finding("grader", "look", f"{len(rows)} empty attempts get 0; the rows do not tell a right one to try")
+        return Finding("grader", "look", f"{len(rows)} empty attempts get 0; the rows have no right attempt to check")
     return Finding("grader", "ok", f"{len(known)} right attempts get 1, {len(rows)} empty ones 0")
 
 

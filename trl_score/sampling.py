@@ -132,7 +132,7 @@ class TokenSampler(Sampler):
                 context.check_batch(prompt_ids, bridge, number, [None] * len(prompts))
             except ContextTooShort as error:
                 self._warned_of_context = True
-                warnings.warn(f"{error} What stands beyond the context is sampled all the same.", stacklevel=2)
+                warnings.warn(f"{error} Tokens beyond the context are sampled nevertheless.", stacklevel=2)
         rollouts = self.roll_out(prompt_ids, bridge, number, decoding, seed + 1 + given)
         texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(number)]
         return [

@@ -167,8 +167,8 @@ class Sandbox:
             raise RuntimeError(NO_DESCRIPTORS)
         if sys.platform != "linux" and backend != "none":
             raise RuntimeError(
-                f"The locks of the sandbox are Linux's, and this is {sys.platform}: use Linux, a container or a runner of your "
-                "own (docs/sandbox.md), or `backend='none'` where nothing can be lost."
+                f"The sandbox isolates programs with features of Linux, and this is {sys.platform}. Use Linux, a container or a runner of "
+                "your own (docs/sandbox.md), or `backend='none'` on a machine where programs can do no harm."
             )
         self.cpu_seconds, self.wall_seconds, self.memory = cpu_seconds, wall_seconds, memory
         refusals = {}
@@ -184,8 +184,8 @@ class Sandbox:
             self.close()
         else:
             raise RuntimeError(
-                f"This machine allows no sandbox: {refusals}. `backend='none'` runs programs with no isolation "
-                "but that of processes and their limits; do that only where nothing can be lost."
+                f"This machine allows no sandbox: {refusals}. `backend='none'` isolates programs only by processes and their limits. Use "
+                "it only on a machine where programs can do no harm."
             )
         logger.log(
             logging.WARNING if self.backend in ("seccomp", "none") else logging.INFO,

@@ -331,7 +331,7 @@ class MBPPRepair(MBPP):
     def rows(self, split: str) -> list[dict]:
         if self.data_dir is None:
             raise FileNotFoundError(
-                "'mbpp_repair' is on no Hub: set `data_dir` to a folder with mbpp_repair/mbpp_repair.jsonl (docs/tasks.md "
+                "'mbpp_repair' is not on the Hub: set `data_dir` to a folder with mbpp_repair/mbpp_repair.jsonl (docs/tasks.md "
                 "says which columns)."
             )
         shots = self.shots(self.all_rows())
