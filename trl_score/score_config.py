@@ -327,7 +327,7 @@ class SCoReConfig(GRPOConfig):
             )
         if self.offline_first_attempts > 0 and self.num_offline == 0:
             raise ValueError(
-                f"{share} of `num_generations={self.num_generations}` rollouts rounds to none of them. Increase one of the two."
+                f"{share} rounds to zero of the `num_generations={self.num_generations}` rollouts. Increase one of the two."
             )
         if self.num_generations - self.num_offline == 1:
             raise ValueError(
