@@ -13,12 +13,12 @@ from trl_score import SCoReConfig
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options
 
-This page is for readers who ask: what can be set, what did the paper use, and does it matter? `SCoReConfig` is a
-[`GRPOConfig`](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig), so TRL's options work too. Below are the fields that
-SCoRe adds, and those of TRL whose default it changes. `docs/make_options.py` writes this page from the docstring.
+This page is for readers who ask: what can I set, what did the paper use, and does it matter? `SCoReConfig` is a
+[`GRPOConfig`](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig), so TRL's options work too. The page has the fields that
+SCoRe adds, and the fields of TRL whose default SCoRe changes. `docs/make_options.py` writes the page from the docstring.
 
-The measured effects are on the embedded task, five seeds: the difference in Accuracy@t2 to the recipe, in points, with its 95 %
-interval ([results.md](results.md)).
+"Measured" is the difference in Accuracy@t2 to the recipe on the embedded task, in points, with five seeds and a 95 % interval
+([results.md](results.md)).
 """
 PAPER = {  # Appendix B: MATH, MBPP
     "num_attempts": "2; 3 in Appendix A.1",

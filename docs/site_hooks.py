@@ -56,8 +56,8 @@ PUBLIC = {  # heading: module: names
 }
 HEAD = """# Python
 
-This page is for readers who ask: which classes and functions are public, what do they take, and what do they raise? The options of
-training have [a page of their own](options.md).
+This page is for readers who ask: which classes and functions are public, what are their arguments, and which errors do they raise?
+The page [Options](options.md) has the options of training.
 """
 SECTIONS = {"Args", "Parameters", "Attributes", "Returns", "Raises", "Example", "Examples"}
 Definition = ast.ClassDef | ast.FunctionDef

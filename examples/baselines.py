@@ -6,14 +6,15 @@ The paper's baselines that fine-tune, STaR and Pair-SFT, on the problems that SC
 
     accelerate launch examples/baselines.py
 
-runs STaR (D) on the tiny embedded model and task: no network, no GPU, about two minutes on 2 CPU cores. `--plus true`: D+.
+runs STaR (D) on the tiny embedded model and task. It needs no network and no GPU, and takes about two minutes on 2 CPU cores. Add
+`--plus true` for D+.
 
     accelerate launch examples/baselines.py --method pair_sft --task math --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \
         --use_peft --num_samples 64 --output_dir outputs/pair-sft
 
-samples 64 attempts at each problem of MATH (`--task gsm8k`, `mbpp`: of others), pairs wrong and right ones, fine-tunes an
-adapter on the pairs, and evaluates base and trained model. `--num_samples` makes the comparison fair: SCoRe samples steps x
-rollouts per step x attempts / problems. Every field of TRL's SFTConfig and ModelConfig is an argument; `--config FILE.yaml`
+samples 64 attempts at each problem of MATH, pairs wrong and right attempts, fine-tunes an adapter on the pairs, and evaluates the
+base model and the trained model. `--task gsm8k` and `--task mbpp` use other problems. Set `--num_samples` so that methods sample
+equally many attempts: SCoRe samples steps x rollouts per step x attempts / problems. Every field of TRL's SFTConfig and ModelConfig is an argument; `--config FILE.yaml`
 reads them from a file. An interrupted run resumes where it stopped. Self-Refine needs no training:
 `trl-score evaluate --self_refine`.
 """

@@ -6,8 +6,8 @@ Train a model to correct its own mathematics.
 
     accelerate launch examples/math.py
 
-trains the tiny embedded model on the embedded arithmetic task: no network, no GPU, less than a minute on 2 CPU cores. Expect
-Accuracy@t2 to rise from 68 % to above 95 % on held-out problems.
+trains the tiny embedded model on the embedded arithmetic task. It needs no network and no GPU, and takes less than a minute on 2 CPU
+cores. Expect Accuracy@t2 to rise from 68 % to above 95 % on held-out problems.
 
     accelerate launch examples/math.py --config examples/configs/math_1.5b_lora.yaml
 
@@ -16,9 +16,8 @@ sizes). The problems come from the Hub or, with `--data_dir`, from a folder.
 
     accelerate launch examples/math.py --dataset_name trl-lib/DeepMath-103K --model_name_or_path ...
 
-trains on any dataset (Hub id, folder, or a .json/.jsonl file) with a column `prompt` (chat messages or text; else
-`problem` or `question`, as the user's message) and a column `solution` (or `answer`), which math-verify compares. Every
-field of SCoReConfig and of TRL's ModelConfig is an argument; `--config FILE.yaml` reads them from a file. `trl-score train`
+trains on any dataset (Hub id, folder, or a .json/.jsonl file). It has a column `prompt` (chat messages or text), or a column `problem`
+or `question`, which becomes the user's message. math-verify compares answers with the column `solution` (or `answer`). Every field of SCoReConfig and of TRL's ModelConfig is an argument; `--config FILE.yaml` reads them from a file. `trl-score train`
 takes the same arguments.
 """
 

@@ -494,7 +494,7 @@ def test_an_adapter_names_the_revision_of_its_base_model(sft, monkeypatch):
 
 
 def test_a_held_out_problem_is_not_learnt_from(sft):
-    with pytest.raises(ValueError, match="A problem of the test split is among those to learn from"):
+    with pytest.raises(ValueError, match="A problem of the test split is also in the training data"):
         run_baseline(ModelConfig(BASE), TASK, arguments(), sft, held_out=TASK.load("train").select([59]))
 
 

@@ -157,7 +157,7 @@ def test_packages_that_only_some_need_are_not_loaded():
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--dtype", "int8"], 1, "trl-score evaluate: `dtype='int8'` is no type of weights. Set it"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}/file/x"], 1, "trl-score evaluate: `output_dir='{tmp}/file/x'` is no folder: '{tmp}/file' is a file"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--model", "{tmp}"], 1, "trl-score evaluate: The model '{tmp}' is not available: the folder has no config.json"),
-        (["collect", *SMALL, "--output_dir", "{tmp}", "--data_dir", "x"], 1, "trl-score collect: 'arithmetic' is made, not read"),
+        (["collect", *SMALL, "--output_dir", "{tmp}", "--data_dir", "x"], 1, "trl-score collect: The problems of 'arithmetic' are generated"),
         (["check", *SMALL, "--task", "my_task.py:Mine"], 1, "trl-score check: The task 'my_task.py:Mine': there is no file 'my_task.py'"),
         (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--alpah", "3"], 2, "trl-score train: error: unknown option --alpah. Did you mean --alpha?"),
         (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--model", "m"], 2, "trl-score train: error: unknown option --model. Did you mean --model_name_or_path?"),

@@ -273,6 +273,12 @@ def test_the_notebook_is_plain_python_and_runs_for_two_steps(tmp_path, monkeypat
     assert namespace["history"][-1]["stage"] == 2
 
 
+def test_the_notebook_marks_the_end_of_stage_one():
+    code, text = ("\n".join(cells("score_quickstart.ipynb", kind)) for kind in ("code", "markdown"))
+    steps = re.search(r"stage1_steps=(\d+),", code)[1]
+    assert f"axvline({steps}, " in code and f"the first {steps} steps" in text
+
+
 def test_custom_task_of_the_docs_is_the_example():
     example = (ROOT / "examples" / "custom_task.py").read_text()
     shown = re.search(r"class Backwards.*?(?=```)", (ROOT / "docs" / "tasks.md").read_text(), re.S)[0]

@@ -192,7 +192,7 @@ def test_a_task_is_had_or_said_in_one_line(tmp_path, chat_model):
         (["--task", "maths"], "Unknown task 'maths'. Expected one of"),
         (["--task", "humaneval", "--data_dir", DATA], "Unknown split 'train' of 'humaneval'"),
         (["--task", "gsm8k", "--data_dir", tmp_path], f"`data_dir='{tmp_path}'` has no gsm8k/train.jsonl"),
-        (["--task", "arithmetic", "--data_dir", tmp_path], "'arithmetic' is made, not read"),
+        (["--task", "arithmetic", "--data_dir", tmp_path], "The problems of 'arithmetic' are generated"),
     ):
         settings = ["--model_name_or_path", chat_model, "--bf16", "false", "--output_dir", tmp_path]
         done = run(*settings, *arguments, HF_ALLOW_CODE_EVAL="1")

@@ -296,7 +296,7 @@ def test_card_says_that_first_attempts_are_to_be_collected(make_arithmetic_train
     trainer.task = "arithmetic"
     trainer.create_model_card()
     assert (
-        "collect some of the base model by `trl-score collect`, and add"
+        "Collect first attempts of the base model with `trl-score collect`, and add"
         in (Path(trainer.args.output_dir) / "README.md").read_text()
     )
 

@@ -77,7 +77,9 @@ def test_the_grader_is_tried_on_right_and_on_empty_attempts():
     found = check_grader(Task(right=0.0), rows)
     assert found.state == "bad" and found.text.startswith("4 of 4 right attempts do not get 1, such as '")
     found = check_grader(Task(empty=1.0), rows)
-    assert found.state == "bad" and "an empty attempt at problem 0 gets 1, as at 4 of 4" in found.text
+    assert (
+        found.state == "bad" and "empty attempts get a reward at 4 of 4 problems, such as 1 at problem 0" in found.text
+    )
     found = check_grader(Task(right=None), rows)
     assert found.state == "bad"
     rows = rows.rename_column("answer", "line")

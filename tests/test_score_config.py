@@ -31,7 +31,7 @@ BAD_CONFIGURATIONS = [
         "Set it to 'accuracy_t2' or another metric",
     ),
     ({"offline_first_attempts": 1.5}, "`offline_first_attempts=1.5` is a share of the rollouts"),
-    ({"offline_first_attempts": 0.01}, "of `num_generations=8` rollouts rounds to none of them"),
+    ({"offline_first_attempts": 0.01}, "rounds to zero of the `num_generations=8` rollouts"),
     (
         {"offline_first_attempts": 0.5, "num_generations": 2},
         "leaves a single first attempt of each problem to be sampled",

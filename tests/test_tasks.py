@@ -503,7 +503,7 @@ def test_what_cannot_be_had_is_said(tmp_path, sandbox):
         get_task("gsm8k", data_dir=str(tmp_path)).load("test")
     with pytest.raises(OSError, match=r"openai/gsm8k at 740312a, split 'test'.*Set `data_dir`"):
         get_task("gsm8k").load("test")
-    with pytest.raises(FileNotFoundError, match="on no Hub: set `data_dir`"):
+    with pytest.raises(FileNotFoundError, match="not on the Hub: set `data_dir`"):
         get_task("mbpp_repair", sandbox=sandbox).load("test")
     with pytest.raises(ValueError, match="Unknown split 'dev'"):
         get_task("gsm8k").load("dev")

@@ -382,8 +382,8 @@ def test_callbacks_come_from_the_arguments():
     ("settings", "message"),
     [
         ({"load_best_checkpoint_at_end": True}, "nothing to load without `keep_best_checkpoint`"),
-        ({"collapse_window": -1}, "numbers of logs"),
-        ({"best_checkpoint_window": 0}, "numbers of logs"),
+        ({"collapse_window": -1}, "`collapse_window=-1` is a number of steps"),
+        ({"best_checkpoint_window": 0}, "`best_checkpoint_window=0` a number of logs"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(settings, message):

@@ -61,8 +61,9 @@ class ProblemArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What grades the dataset: accuracy_reward (default), another of TRL's, or yours, PACKAGE.MODULE.FUNCTION or "
-            "FILE.py:FUNCTION. An attempt is right if the first gives 1 or more; in training they are added."
+            "help": "Functions that grade the dataset: accuracy_reward (default), another function of TRL, or your own as "
+            "PACKAGE.MODULE.FUNCTION or FILE.py:FUNCTION. An attempt is right if the first function gives 1 or more. In training the "
+            "rewards are added."
         },
     )
 
@@ -106,21 +107,25 @@ class TaskArguments(ProblemArguments):
 
     Args:
         eval_task (`str`, *optional*):
-            The task to evaluate on, if another.
+            The task to evaluate on. By default, it is the task that is trained on.
         dataset_train_split, dataset_test_split (`str`, *optional*, default to `"train"` and `"test"`):
             Splits of the dataset to train and to evaluate on. Without the second there is no evaluation.
         num_train_problems (`int`, *optional*):
-            Take only the first problems of the training split.
+            Number of problems of the training split to use, the first ones.
         num_eval_problems (`int`, *optional*):
-            Take only the first problems of the test split. 0: no evaluation.
+            Number of problems of the test split to use, the first ones. With 0 there is no evaluation.
     """
 
     title = "Problems"
-    eval_task: str | None = option(None, "Task to evaluate on, if another.")
+    eval_task: str | None = option(None, "Task to evaluate on. By default, it is the task that is trained on.")
     dataset_train_split: str = option("train", "Split of the dataset to train on.")
-    dataset_test_split: str = option("test", "Split of the dataset to evaluate on, if there is one.")
-    num_train_problems: int | None = option(None, "Take only the first problems of the training split.")
-    num_eval_problems: int | None = option(None, "Take only the first problems of the test split. 0: no evaluation.")
+    dataset_test_split: str = option(
+        "test", "Split of the dataset to evaluate on. Without this split there is no evaluation."
+    )
+    num_train_problems: int | None = option(None, "Number of problems of the training split to use, the first ones.")
+    num_eval_problems: int | None = option(
+        None, "Number of problems of the test split to use, the first ones. With 0 there is no evaluation."
+    )
 
     def open_tasks(self) -> "tuple[Task, Task | None]":
         """
@@ -156,11 +161,11 @@ class TrainArguments(TaskArguments):
         first_attempts (`str`, *optional*):
             Folder of `trl-score collect` with first attempts at the problems to train on, for `offline_first_attempts`.
         collapse_window (`int`, *optional*, defaults to `10`):
-            Logs without corrections after which the collapse alarm goes off. 0: no alarm.
+            Number of optimizer steps without corrections after which the collapse alarm warns. With 0 there is no alarm.
         keep_best_checkpoint (`bool`, *optional*, defaults to `False`):
             Keep the checkpoint with the highest training reward of the last attempt, for each stage.
         best_checkpoint_window (`int`, *optional*, defaults to `10`):
-            Logs that this reward is averaged over.
+            Number of logs over which this reward is averaged.
         load_best_checkpoint_at_end (`bool`, *optional*, defaults to `False`):
             Load the best checkpoint of the last stage when training ends.
     """
@@ -169,20 +174,24 @@ class TrainArguments(TaskArguments):
     first_attempts: str | None = option(
         None, "Folder of `trl-score collect` with first attempts, for `offline_first_attempts`."
     )
-    collapse_window: int = option(10, "Logs without corrections after which the collapse alarm goes off. 0: no alarm.")
+    collapse_window: int = option(
+        10,
+        "Number of optimizer steps without corrections after which the collapse alarm warns. With 0 there is no alarm.",
+    )
     keep_best_checkpoint: bool = option(
         False,
         "Keep the checkpoint with the highest training reward of the last attempt, for each stage, in `_best-stage1` and "
         "`_best-stage2` of the output folder.",
     )
-    best_checkpoint_window: int = option(10, "Logs that the reward is averaged over to choose the best checkpoint.")
+    best_checkpoint_window: int = option(10, "Number of logs over which this reward is averaged.")
     load_best_checkpoint_at_end: bool = option(False, "Load the best checkpoint of the last stage when training ends.")
 
     def __post_init__(self):
         if self.collapse_window < 0 or self.best_checkpoint_window < 1:
             raise ValueError(
-                f"`collapse_window={self.collapse_window}` and `best_checkpoint_window={self.best_checkpoint_window}` are "
-                "numbers of logs. Set the first to 0 or more, the second to 1 or more."
+                f"`collapse_window={self.collapse_window}` is a number of steps and "
+                f"`best_checkpoint_window={self.best_checkpoint_window}` a number of logs. Set the first to 0 or more, the second to 1 "
+                "or more."
             )
         if self.load_best_checkpoint_at_end and not self.keep_best_checkpoint:
             raise ValueError(
@@ -204,9 +213,11 @@ class AttemptArguments:
     """How one attempt is sampled and what the user says after it."""
 
     title = "Attempts"
-    temperature: float = option(0.0, "Sampling temperature; 0 is greedy.")
-    max_completion_length: int = option(1024, "Tokens of one attempt.")
-    correction_instruction: str | None = option(None, "The user's turn between the attempts, if not the task's.")
+    temperature: float = option(0.0, "Sampling temperature. 0 is greedy decoding.")
+    max_completion_length: int = option(1024, "Maximum number of tokens of one attempt.")
+    correction_instruction: str | None = option(
+        None, "The user's turn between two attempts. By default, it is the instruction of the task."
+    )
 
 
 @dataclass
@@ -215,11 +226,13 @@ class JobArguments(AttemptArguments):
 
     title = "Attempts"
     correction_instruction: str | None = option(
-        None, "The user's turn between the attempts. By default, the one the model was trained with, else the task's."
+        None,
+        "The user's turn between two attempts. By default, it is the instruction that the model was trained with, else the "
+        "instruction of the task.",
     )
-    split: str = option("test", "Split of the task that the problems are from.")
+    split: str = option("test", "Split of the task to take the problems from.")
     top_p: float = option(1.0, "Sample from the most likely tokens whose probabilities add up to this share.")
-    batch_size: int = option(32, "Rollouts at a time.")
+    batch_size: int = option(32, "Number of rollouts that are sampled at a time.")
     seed: int = option(42, "Seed of the sampling.")
 
 
@@ -228,8 +241,8 @@ class RolloutArguments(JobArguments):
     """[`JobArguments`] of a function that lets the caller choose the number of attempts and of samples."""
 
     title = "Attempts"
-    num_attempts: int = option(2, "Attempts in a rollout, up to 10 in the paper.")
-    num_samples: int = option(1, "Rollouts per problem; more than one need a temperature.")
+    num_attempts: int = option(2, "Number of attempts in a rollout. The paper uses up to 10.")
+    num_samples: int = option(1, "Number of rollouts per problem. More than one needs a temperature above 0.")
 
 
 @dataclass
@@ -255,7 +268,7 @@ class ModelArguments(TemplateArguments):
 
     title = "Model"
     model: str | None = option(None, "Required. Hub id or folder of a model or an adapter.")
-    backend: str = option("transformers", "Where attempts come from.", choices=["transformers", "vllm", "endpoint"])
+    backend: str = option("transformers", "What samples the attempts.", choices=["transformers", "vllm", "endpoint"])
     base_url: str | None = option(None, "Address of the endpoint, such as http://127.0.0.1:8000/v1.")
     extra_body: dict | str | None = field(
         default=None, metadata={"help": "Further fields of each request to the endpoint, as JSON."}
@@ -324,7 +337,7 @@ class SampleArguments(ProblemArguments, ModelArguments, JobArguments):
     output_dir: str | None = option(
         None, "Required. Folder for the results. Rollouts of the same settings in it are reused."
     )
-    limit: int | None = option(None, "Use the first problems only.")
+    limit: int | None = option(None, "Number of problems to use, the first ones. By default, all problems.")
 
     def keywords(self) -> dict:
         """The arguments as the function that samples takes them."""
@@ -337,7 +350,9 @@ class SampleArguments(ProblemArguments, ModelArguments, JobArguments):
 @dataclass
 class EvaluateArguments(RolloutArguments, SampleArguments):
     title = "Attempts"
-    self_refine: bool = option(False, "Ask for feedback on each attempt, then to rewrite it (Self-Refine).")
+    self_refine: bool = option(
+        False, "Use Self-Refine: ask for feedback on each attempt, and then to rewrite the attempt."
+    )
 
 
 @dataclass
@@ -345,19 +360,19 @@ class CollectArguments(RolloutArguments, SampleArguments):
     title = "Attempts"
     split: str = changed(JobArguments, "split", "train")
     num_attempts: int = changed(
-        RolloutArguments, "num_attempts", 2, "Attempts in a rollout; 1 for first attempts alone."
+        RolloutArguments, "num_attempts", 2, "Number of attempts in a rollout. With 1 only first attempts are sampled."
     )
     temperature: float = changed(
-        AttemptArguments, "temperature", 1.0, "Sampling temperature; the default is training's."
+        AttemptArguments, "temperature", 1.0, "Sampling temperature. The default is the same as in training."
     )
-    num_samples: int = changed(RolloutArguments, "num_samples", 8, "Rollouts per problem.")
+    num_samples: int = changed(RolloutArguments, "num_samples", 8, "Number of rollouts per problem.")
 
 
 @dataclass
 class ScaleArguments(SampleArguments):
     title = "Attempts"
-    temperature: float = changed(AttemptArguments, "temperature", 0.7, "Sampling temperature; the paper uses 0.7.")
-    max_budget: int = option(64, "Samples per problem, a power of 2.")
+    temperature: float = changed(AttemptArguments, "temperature", 0.7, "Sampling temperature. The paper uses 0.7.")
+    max_budget: int = option(64, "Largest number of samples per problem, a power of 2.")
 
 
 @dataclass
@@ -365,12 +380,12 @@ class CheckArguments(SampleArguments):
     title = "Check"
     split: str = changed(JobArguments, "split", "train")
     temperature: float = changed(
-        AttemptArguments, "temperature", 1.0, "Sampling temperature; the default is training's."
+        AttemptArguments, "temperature", 1.0, "Sampling temperature. The default is the same as in training."
     )
-    limit: int | None = changed(SampleArguments, "limit", 64, "Problems to sample.")
-    num_samples: int = changed(RolloutArguments, "num_samples", 1, "Rollouts per problem.")
+    limit: int | None = changed(SampleArguments, "limit", 64, "Number of problems to sample, drawn at random.")
+    num_samples: int = changed(RolloutArguments, "num_samples", 1, "Number of rollouts per problem.")
     output_dir: str | None = changed(
-        SampleArguments, "output_dir", None, "Folder for the rollouts. By default, they are not kept."
+        SampleArguments, "output_dir", None, "Folder for the rollouts. By default, rollouts are not kept."
     )
     json: bool = option(False, "Print the result as JSON.")
 
@@ -389,26 +404,26 @@ class BaselineArguments(TaskArguments, AttemptArguments, TemplateArguments):
         method (`str`, *optional*, defaults to `"star"`):
             `"star"` or `"pair_sft"`.
         plus (`bool`, *optional*, defaults to `False`):
-            $D^+$: learn from two right attempts too.
+            Whether to learn also from traces with two right attempts ($D^+$).
         num_samples (`int`, *optional*, defaults to `30`):
-            Attempts sampled for each problem over all iterations, so that methods compare at equal samples: SCoRe's number is
-            steps x rollouts per step x attempts / problems.
+            Number of attempts that are sampled for each problem over all iterations. To compare methods at equal samples: SCoRe
+            samples steps x rollouts per step x attempts / problems.
         num_iterations (`int`, *optional*):
-            Rounds of sampling and fine-tuning, each from the base model; 3 of STaR, 1 of Pair-SFT by default.
+            Number of rounds of sampling and fine-tuning, each from the base model. By default 3 for STaR, and 1 for Pair-SFT.
         learn (`str`, *optional*, defaults to `"right"`):
-            Attempts to learn: `"right"`, every right one; `"last"`, the second one only.
+            Attempts to learn: every right attempt (`"right"`), or only the second attempt (`"last"`).
         max_per_problem (`int`, *optional*):
-            Traces of each kind (i→c, c→c) to keep for a problem at most.
+            Maximum number of traces of each kind (i→c, c→c) for a problem.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature.
         max_completion_length (`int`, *optional*, defaults to `1024`):
-            Tokens of one attempt.
+            Maximum number of tokens of one attempt.
         sampling_batch_size (`int`, *optional*, defaults to `32`):
-            Rollouts sampled at a time.
+            Number of rollouts that are sampled at a time.
         backend (`str`, *optional*, defaults to `"transformers"`):
-            Where attempts come from: `"transformers"` or `"vllm"`.
+            What samples the attempts: `"transformers"` or `"vllm"`.
         correction_instruction (`str`, *optional*):
-            The user's turn between the attempts, if not the task's.
+            The user's turn between two attempts. By default, it is the instruction of the task.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments of the chat template; by default, those the base model was trained with.
 
@@ -417,17 +432,22 @@ class BaselineArguments(TaskArguments, AttemptArguments, TemplateArguments):
     """
 
     title = "Baseline"
-    method: str = option("star", "Baseline: star or pair_sft.", choices=["star", "pair_sft"])
-    plus: bool = option(False, "D+: learn from two right attempts too.")
-    num_samples: int = option(30, "Attempts sampled for each problem over all iterations, for equal budgets.")
+    method: str = option("star", "The baseline: star or pair_sft.", choices=["star", "pair_sft"])
+    plus: bool = option(False, "Also learn from traces with two right attempts (D+).")
+    num_samples: int = option(30, "Number of attempts that are sampled for each problem over all iterations.")
     num_iterations: int | None = option(
-        None, "Rounds of sampling and fine-tuning, each from the base model. star: 3, pair_sft: 1."
+        None,
+        "Number of rounds of sampling and fine-tuning, each from the base model. By default 3 for star, and 1 for pair_sft.",
     )
-    learn: str = option("right", "Attempts to learn: every right one, or the last only.", choices=["right", "last"])
-    max_per_problem: int | None = option(None, "Traces of each kind (i→c, c→c) to keep for a problem at most.")
+    learn: str = option(
+        "right",
+        "Attempts to learn: every right attempt (right), or only the last attempt (last).",
+        choices=["right", "last"],
+    )
+    max_per_problem: int | None = option(None, "Maximum number of traces of each kind (i→c, c→c) for a problem.")
     temperature: float = changed(AttemptArguments, "temperature", 1.0)
-    sampling_batch_size: int = option(32, "Rollouts sampled at a time.")
-    backend: str = option("transformers", "Where attempts come from.", choices=["transformers", "vllm"])
+    sampling_batch_size: int = option(32, "Number of rollouts that are sampled at a time.")
+    backend: str = option("transformers", "What samples the attempts.", choices=["transformers", "vllm"])
 
     def __post_init__(self):
         super().__post_init__()

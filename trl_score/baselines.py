@@ -198,7 +198,7 @@ def check_held_out(rollouts: list[dict], held_out: Dataset | None) -> None:
     # A message may have its role before or after its content.
     seen = {json.dumps(prompt, sort_keys=True) for prompt in (() if held_out is None else held_out["prompt"])}
     if any(json.dumps(row["prompt"], sort_keys=True) in seen for row in rollouts):
-        raise ValueError("A problem of the test split is among those to learn from. Make the splits disjoint.")
+        raise ValueError("A problem of the test split is also in the training data. Make the splits disjoint.")
 
 
 class ResumableSFTTrainer(SFTTrainer):

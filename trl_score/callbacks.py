@@ -40,15 +40,15 @@ def recent(history: list[dict], key: str, stage: int, window: int) -> list[float
 
 class CollapseAlarm(TrainerCallback):
     """
-    Warns once in each stage, Stage I or II, when self-correction has collapsed (Section 4). Attempts are copies of the ones before
-    (`changed_ratio` below 1 %; with three or more attempts, any attempt while it is trained), or none corrects a wrong first
-    attempt (`delta_i_to_c` below 0.2 %, with more than 5 % of the first attempts wrong). Adds `collapse` to each log: 1 from the
-    warning on in that stage, else 0.
+    Warns once in each stage when self-correction has collapsed (Section 4). It has collapsed if attempts are copies of the previous
+    attempts: `changed_ratio` is below 1 % (with three or more attempts, for any attempt while it is trained). It has also collapsed
+    if wrong first attempts are not corrected: `delta_i_to_c` is below 0.2 %, with more than 5 % of the first attempts wrong. The
+    callback adds `collapse` to each log: 1 from the warning on in this stage, else 0.
 
     Args:
         window (`int`, *optional*, defaults to `10`):
-            Optimizer steps of the stage that the metrics are averaged over. With `logging_steps` above 1, these are as many logs as
-            cover the steps, and at least two.
+            Number of optimizer steps of the stage over which the metrics are averaged. With `logging_steps` above 1, the mean is
+            over the logs that cover these steps, and over at least two logs.
 
     Raises:
         `ValueError`: if the window is below 1.
@@ -118,12 +118,12 @@ class KeepBestCheckpoint(TrainerCallback, ExportableState):
     """
     Keeps a copy of the checkpoint with the highest training reward of the last attempt, for each stage (the paper's choice
     of checkpoint, Appendix B). The copies are `_best-stage1` and `_best-stage2` in the output folder, and an upload to the Hub
-    leaves them out. A copy belongs to the run that made it. A copy of an earlier run, or of a step after the one that a run
-    resumes from, is renamed (`_best-stage2.1`) and not compared.
+    leaves them out. A copy belongs to the run that made it. A copy from an earlier run is renamed (`_best-stage2.1`) and ignored. The
+    same holds for a copy of a later step than the step from which a run is resumed.
 
     Args:
         window (`int`, *optional*, defaults to `10`):
-            Logs of the stage that the reward is averaged over.
+            Number of logs of the stage over which the reward is averaged.
         load_at_end (`bool`, *optional*, defaults to `False`):
             Load the best checkpoint of the run's last stage when training ends.
 

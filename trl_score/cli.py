@@ -21,16 +21,16 @@ from .arguments import CheckArguments, CollectArguments, EvaluateArguments, Scal
 
 
 COMMANDS = {
-    "train": "train a model to correct itself; takes accelerate's launch arguments too",
-    "baselines": "fine-tune by STaR or Pair-SFT instead; takes accelerate's launch arguments too",
+    "train": "train a model to correct itself; also takes options of accelerate launch",
+    "baselines": "fine-tune by STaR or Pair-SFT instead; also takes options of accelerate launch",
     "tasks": "list the tasks; with a name, show the problems, the prompt, the instruction and the grader",
     "configs": "list the configurations for --config; with a name, print it",
     "check": "say before training whether a model, a task and an instruction are worth it",
     "collect": "sample and grade a model's attempts at problems to train on",
     "evaluate": "measure a model's attempts at a task's problems",
-    "scale": "vote over first attempts against corrected ones, at equal numbers of samples",
-    "report": "one HTML page from runs and evaluations",
-    "env": "versions and hardware, for a bug report",
+    "scale": "compare votes over first attempts with votes over corrected attempts, at equal numbers of samples",
+    "report": "write one HTML page from training runs and evaluations",
+    "env": "print versions and hardware, for a bug report",
 }
 SAMPLING = {
     "evaluate": EvaluateArguments,
@@ -38,7 +38,7 @@ SAMPLING = {
     "collect": CollectArguments,
     "check": CheckArguments,
 }
-LAUNCHED = "Any other option is one of `accelerate launch`, such as --num_processes 2 or --config_file FILE.yaml."
+LAUNCHED = "All other options are passed to `accelerate launch`, such as --num_processes 2 or --config_file FILE.yaml."
 INTERRUPTED = 130  # exit code, as a shell has it after Ctrl-C
 
 
@@ -213,15 +213,17 @@ def report(arguments: list[str]) -> str:
         "--format",
         choices=["html", "inspect"],
         default="html",
-        help="A page, or a folder of logs for Inspect's viewer, one of each evaluation. (default: %(default)s)",
+        help="html writes a page; inspect writes a folder of logs for Inspect's viewer, one for each evaluation. (default: %(default)s)",
     )
-    parser.add_argument("--output", help="The page or the folder. (default: report.html, or inspect_logs)")
-    parser.add_argument("--figures", metavar="DIR", help="Write the figures there as PNG and SVG too.")
+    parser.add_argument(
+        "--output", help="File of the page, or folder of the logs. (default: report.html, or inspect_logs)"
+    )
+    parser.add_argument("--figures", metavar="DIR", help="Also write the figures to this folder, as PNG and SVG.")
     parser.add_argument(
         "--max_rollouts",
         type=int,
         default=5000,
-        help="Rollouts of each evaluation in the browser. (default: %(default)s)",
+        help="Maximum number of rollouts of each evaluation that the page shows. (default: %(default)s)",
     )
     args = parser.parse_args(arguments)
     if args.format == "inspect":

@@ -35,19 +35,19 @@ def collect(
 
     Args:
         split (`str`, *optional*, defaults to `"train"`):
-            The split of the task that the problems are from.
+            Split of the task to take the problems from.
         num_attempts (`int`, *optional*, defaults to `2`):
-            Attempts in a rollout; 1 for first attempts alone.
+            Number of attempts in a rollout. With 1 only first attempts are sampled.
         num_samples (`int`, *optional*, defaults to `8`):
-            Rollouts per problem.
+            Number of rollouts per problem.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature. The default is that of the paper's training.
+            Sampling temperature. The default is the temperature of the paper's training.
         model, task, **settings:
             These and the other arguments are described for [`~trl_score.evaluation.evaluate_self_correction`].
 
     Returns:
-        `list[dict]`: by problem and sample, as [`~trl_score.evaluation.Evaluation`]'s `rollouts`, and `token_ids` of each
-        attempt (`None` from a chat endpoint, which does not say).
+        `list[dict]`: the rollouts, as in [`~trl_score.evaluation.Evaluation`], with the `token_ids` of each attempt (`None` from a
+        chat endpoint, which does not return tokens).
 
     Raises:
         `ValueError`: If a setting cannot work, or the folder holds something else.
@@ -83,17 +83,17 @@ def with_first_attempts(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Dataset:
     """
-    Problems with the column `first_attempts`: the first attempts of a collection, in tokens.
+    Add the column `first_attempts` to problems: the first attempts of a collection, as token ids.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Problems of the split that was collected on, in its order; the first ones, if not all.
+            Problems of the split that was collected on, in the same order. They can be fewer than all: then the first problems.
         folder (`str`):
             The folder that [`collect`] wrote.
         task ([`~trl_score.tasks.Task`], *optional*):
-            The task of the problems, to be compared with the collection's.
+            The task of the problems. If given, it is compared with the task of the collection.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer of the model that is trained on them, to be compared with the collection's.
+            The tokenizer of the model to be trained. If given, it is compared with the tokenizer of the collection.
 
     Raises:
         `FileNotFoundError`: If the folder holds no collection.
@@ -128,11 +128,11 @@ def _check_tokenizer(folder: str | Path, settings: dict, rollouts: list[dict], t
         return  # texts, of an endpoint
     if settings.get("tokenizer") is None:
         logger.warning(
-            f"'{folder}' does not say which tokenizer its token ids are of. They are taken as they are: make sure that it is the "
-            "tokenizer of the model that is trained, or collect again."
+            f"'{folder}' does not say which tokenizer made its token ids, so they are used unchecked. Make sure that it is the "
+            "tokenizer of the model to be trained, or collect again."
         )
     elif settings["tokenizer"]["vocabulary"] != of_tokenizer(tokenizer)["vocabulary"]:
         raise ValueError(
-            f"'{folder}' holds token ids of another tokenizer, the one of '{settings['model']}': to the model that is trained they "
-            "would be other words. Collect with a model that has the same tokenizer."
+            f"'{folder}' holds token ids of another tokenizer, that of '{settings['model']}': the model to be trained would read them "
+            "as other words. Collect with a model that has the same tokenizer."
         )

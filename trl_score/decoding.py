@@ -54,7 +54,7 @@ class Decoding:
         top_p (`float`, *optional*, defaults to `1.0`):
             Sample from the most likely tokens whose probabilities add up to this share.
         max_completion_length (`int`, *optional*, defaults to `1024`):
-            Largest number of tokens of one attempt.
+            Maximum number of tokens of one attempt.
     """
 
     temperature: float = 0.0

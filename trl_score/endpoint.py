@@ -18,27 +18,28 @@ LONGEST_WAIT = 60
 
 class EndpointSampler(Sampler):
     """
-    An OpenAI-compatible chat endpoint, by `huggingface_hub.InferenceClient`: the endpoint applies the chat template, so
-    attempts go back to it as text. For a model of one's own, the token-exact samplers are closer to training.
+    A sampler that calls an OpenAI-compatible chat endpoint through `huggingface_hub.InferenceClient`. The endpoint applies the chat
+    template, so attempts go back to it as text. For a model that you can load, the samplers that work with tokens are closer to
+    training.
 
-    A request says `temperature`, `top_p` and `frequency_penalty=0`. Whatever else shapes the distribution (`top_k`, `min_p`,
-    `repetition_penalty`) is the server's: there is no standard name for it, and some servers refuse names that they do not know.
-    `extra_body` sends more, such as `{"top_k": -1, "min_p": 0, "repetition_penalty": 1}` to a server of vLLM.
+    A request sets `temperature`, `top_p` and `frequency_penalty=0`. All other options (`top_k`, `min_p`, `repetition_penalty`) have
+    the server's defaults, because they have no standard names, and some servers refuse unknown names. Use `extra_body` to set them,
+    such as `{"top_k": -1, "min_p": 0, "repetition_penalty": 1}` for a vLLM server.
 
     Args:
         model (`str`):
             The model's name at the endpoint.
         base_url (`str`, *optional*):
-            The endpoint; by default, the Hub's inference providers.
+            Address of the endpoint. By default, the Hub's inference providers are used.
         max_concurrency (`int`, *optional*, defaults to `16`):
-            Requests at a time.
+            Number of requests at a time.
         chat_template_kwargs (`dict`, *optional*):
-            Sent with each request: further arguments of the chat template, where the server takes them (vLLM, SGLang,
+            Further arguments of the chat template. They are sent with each request, for servers that support them (vLLM, SGLang,
             `transformers serve`).
         extra_body (`dict`, *optional*):
             Further fields of each request.
         **kwargs:
-            For `InferenceClient`: `api_key`, `provider`, `timeout`, ..
+            Arguments of `InferenceClient`: `api_key`, `provider`, `timeout`, ..
     """
 
     backend = "endpoint"

@@ -21,43 +21,44 @@ from .tasks import Task
 
 def evaluate_self_correction(model, task: str | Task, **settings) -> "Evaluation":
     """
-    Have a model make `num_attempts` attempts at each problem of a split, and grade all of them. The random state of the process
-    is afterwards what it was before.
+    Sample `num_attempts` attempts of a model at each problem of a split, and grade all of them. The random state of the process is
+    restored afterwards.
 
     Args:
         model (`str`, `PreTrainedModel` or [`~trl_score.sampling.Sampler`]):
-            Hub id or folder of a model or adapter, the model itself, or where attempts come from.
+            Hub id or folder of a model or adapter, a model object, or a sampler.
         task (`str` or [`Task`]):
             A task, or its name.
         split (`str`, *optional*, defaults to `"test"`):
-            The split of the task that the problems are from.
+            Split of the task to take the problems from.
         num_attempts (`int`, *optional*, defaults to `2`):
-            Attempts in a rollout, with those that a task gives (offline repair). The paper goes up to 10 (Appendix A.3).
+            Number of attempts in a rollout, including attempts that a task gives (offline repair). The paper uses up to 10 (Appendix
+            A.3).
         temperature, top_p (`float`, *optional*, default to `0.0` and `1.0`):
-            Decoding; temperature 0 is greedy. Nothing else shapes the distribution, whatever the checkpoint's
-            `generation_config.json` says.
+            Options of decoding. Temperature 0 is greedy decoding. Other options in the checkpoint's `generation_config.json` are
+            ignored.
         num_samples (`int`, *optional*, defaults to `1`):
-            Rollouts per problem. With more than one, every metric is the mean over samples (Avg@k).
+            Number of rollouts per problem. With more than one, every metric is the mean over samples (Avg@k).
         max_completion_length (`int`, *optional*, defaults to `1024`):
-            Tokens of one attempt.
+            Maximum number of tokens of one attempt.
         correction_instruction (`str`, *optional*):
-            The user's turn between the attempts. By default the one that the model was trained with, which is saved beside it,
-            else the task's.
+            The user's turn between two attempts. By default, it is the instruction that the model was trained with, which is saved
+            beside the model, else the instruction of the task.
         self_refine (`bool`, *optional*, defaults to `False`):
-            Self-Refine (Madaan et al. 2023, https://huggingface.co/papers/2303.17651) instead of the correction instruction:
-            after an attempt the model is asked for feedback on it (`task.feedback_instruction`), then for the next attempt
-            (`task.refine_instruction`).
+            Whether to use Self-Refine (Madaan et al. 2023, https://huggingface.co/papers/2303.17651) instead of the correction
+            instruction. After an attempt the model is asked for feedback on the attempt (`task.feedback_instruction`), and then for
+            the next attempt (`task.refine_instruction`).
         chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template, such as `{"enable_thinking": False}`. By default those that the model was
-            trained with, which are saved beside it.
+            Further arguments of the chat template, such as `{"enable_thinking": False}`. By default, the arguments that the model was
+            trained with, which are saved beside the model.
         batch_size (`int`, *optional*, defaults to `32`):
-            Rollouts at a time. It may change when an evaluation is continued.
+            Number of rollouts that are sampled at a time. It may change when an evaluation is resumed.
         limit (`int`, *optional*):
-            Use the first problems only. It may change when an evaluation is continued.
+            Number of problems to use, the first ones. It may change when an evaluation is resumed.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the sampling. Attempts with a temperature repeat with the same seed, problems and `batch_size`.
         output_dir (`str`, *optional*):
-            Folder for the results. Rollouts that it holds are reused if they are of the same model, decoding and problems.
+            Folder for the results. Rollouts in this folder are reused if they have the same model, decoding, problems and grader.
             Without a folder nothing is written.
         backend (`str`, *optional*, defaults to `"transformers"`):
             `"transformers"`, `"vllm"` or `"endpoint"`, if `model` is a name.
@@ -66,7 +67,7 @@ def evaluate_self_correction(model, task: str | Task, **settings) -> "Evaluation
         data_dir (`str`, *optional*):
             Folder with the task's rows, if `task` is a name.
         **settings:
-            Any other is for the backend: `quantization_config`, `dtype`, `revision`, `trust_remote_code`, `base_url`, ..
+            Arguments of the backend: `quantization_config`, `dtype`, `revision`, `trust_remote_code`, `base_url`, ..
 
     Returns:
         [`Evaluation`].
@@ -96,15 +97,15 @@ def evaluate(plan: Plan) -> "Evaluation":
 @dataclass
 class Evaluation:
     """
-    What an evaluation found.
+    The result of an evaluation.
 
     Attributes:
         settings (`dict`):
-            What was evaluated and how: the fields of [`Job`].
+            The settings of the evaluation: the fields of [`Job`].
         rollouts (`list[dict]`):
-            One per rollout, by problem and sample: `index`, `sample`, `prompt`, `attempts` (text), `rewards`, `correct`,
-            `num_tokens`, `truncated`, `edit_distance_ratio`, `changed_answer`, `problem` (a fingerprint of its row), and
-            `level` and `subject` where the task has them. In Self-Refine also `feedback` (text) and `feedback_num_tokens`, of
+            One dictionary per rollout, ordered by problem and sample: `index`, `sample`, `prompt`, `attempts` (text), `rewards`,
+            `correct`, `answers`, `num_tokens`, `truncated`, `edit_distance_ratio`, `changed_answer`, `problem` (a fingerprint of the
+            row), and `level` and `subject` if the task has them. In Self-Refine also `feedback` (text) and `feedback_num_tokens`, for
             the feedback between the attempts.
         summary (`dict`):
             `metrics`: name to `{value, low, high}`, with 95 % bootstrap intervals over problems; `by_level`; `mcnemar_p`.
@@ -128,7 +129,7 @@ class Evaluation:
 
 def load_evaluation(folder: str | Path) -> Evaluation:
     """
-    An evaluation from its folder.
+    Read an evaluation from its folder.
 
     Raises:
         `FileNotFoundError`: If the folder holds none.

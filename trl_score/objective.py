@@ -277,8 +277,9 @@ def balanced_stage1_beta(
 ) -> float:
     r"""
     $\beta_2$ for the next batch of Stage I. It keeps the two terms of Eq. 3 equally large: $\beta_2$ times the KL of the held
-    attempts, and the mean absolute advantage of the trained attempt. In each batch it moves towards their ratio by a bounded
-    factor, within bounds. The paper has an adaptive $\beta_2$ (Section 5.3) but gives no formula; this one is ours.
+    attempts, and the mean absolute advantage of the trained attempt. In each batch $\beta_2$ moves by a bounded factor towards the
+    value at which both are equal, and remains within bounds. The paper has an adaptive $\beta_2$ (Section 5.3) but gives no formula.
+    This formula is ours.
 
     Args:
         stage1_beta (`float`):
@@ -290,7 +291,7 @@ def balanced_stage1_beta(
         start (`float`):
             $\beta_2$ of the first batch.
         rate (`float`, *optional*, defaults to `0.1`):
-            $\beta_2$ is multiplied by at most `1 + rate` in a batch, and divided by at most that.
+            $\beta_2$ is multiplied or divided by at most `1 + rate` in a batch.
         bound (`float`, *optional*, defaults to `10.0`):
             $\beta_2$ stays between `start / bound` and `start * bound`.
 

@@ -175,7 +175,8 @@ class Parser(TrlParser):
             formatter.add_arguments(actions)
             formatter.end_section()
         formatter.add_text(
-            "--config FILE.yaml, or NAME of `trl-score configs`, reads options from a file; the command line wins."
+            "--config FILE.yaml reads options from a file, and --config NAME from a configuration of `trl-score configs`. Options on the "
+            "command line override the file."
         )
         if rest:
             formatter.add_text(f"--help all shows {rest} more options of TRL and transformers.")

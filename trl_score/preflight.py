@@ -52,7 +52,7 @@ class Finding:
 @dataclass
 class Check:
     """
-    What was found.
+    The result of `trl-score check`.
 
     Attributes:
         findings (`list[Finding]`):
@@ -60,7 +60,7 @@ class Check:
         metrics (`dict`):
             Name to `{value, low, high}`: shares with 95 % intervals over problems. Empty if something has to be mended first.
         decoding (`str`):
-            How they were sampled.
+            How the rollouts were sampled.
         worth (`str`):
             Whether it is worth training: `"yes"`, `"perhaps"` or `"no"`.
         advice (`list[str]`):
@@ -152,11 +152,11 @@ def check(
 
     Args:
         limit (`int`, *optional*, defaults to `64`):
-            Problems to sample, drawn at random. The intervals tell whether they are enough.
+            Number of problems to sample, drawn at random. The intervals show whether they are enough.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature of the training to come.
         split (`str`, *optional*, defaults to `"train"`):
-            The split of the task that the problems are from.
+            Split of the task to take the problems from.
         model, task, **settings:
             These and the other arguments are described for [`~trl_score.evaluation.evaluate_self_correction`].
 
@@ -223,18 +223,18 @@ def check_grader(task: Task, rows) -> Finding:
         return Finding(
             "grader",
             "bad",
-            f"an empty attempt at problem {empty[0]} gets {graded[empty[0]][1]:g}, as at {len(empty)} of {len(rows)}",
+            f"empty attempts get a reward at {len(empty)} of {len(rows)} problems, such as {graded[empty[0]][1]:g} at problem {empty[0]}",
         )
     if wrong:
         shown = " ".join(golds[wrong[0]].split())
         return Finding(
             "grader",
             "bad",
-            f"{len(wrong)} of {len(known)} right attempts do not get 1, such as '{shown[:60]}' at problem {wrong[0]}: is that the form "
-            "that the grader reads? A task says it in `gold`",
+            f"{len(wrong)} of {len(known)} right attempts do not get 1, such as '{shown[:60]}' at problem {wrong[0]}: check that `gold` of "
+            "the task returns the form that the grader reads",
         )
     if not known:
-        return Finding("grader", "look", f"{len(rows)} empty attempts get 0; the rows do not tell a right one to try")
+        return Finding("grader", "look", f"{len(rows)} empty attempts get 0; the rows have no right attempt to check")
     return Finding("grader", "ok", f"{len(known)} right attempts get 1, {len(rows)} empty ones 0")
 
 

@@ -9,8 +9,17 @@ from .decoding import Decoding
 @dataclass(frozen=True)
 class Attempt:
     """
-    One sampled text, an attempt or (in Self-Refine) feedback on one: the text, its tokens (`None` where an endpoint does not
-    say), whether it was cut off, and which tokens they are.
+    A sampled text: an attempt, or feedback on an attempt in Self-Refine.
+
+    Attributes:
+        text (`str`):
+            The text.
+        num_tokens (`int`, *optional*):
+            Number of tokens. `None` if an endpoint does not say.
+        truncated (`bool`):
+            Whether the text was cut off at the maximum length.
+        token_ids (`list[int]`, *optional*):
+            The tokens, if the backend knows them.
     """
 
     text: str
@@ -30,11 +39,11 @@ class Sampler(ABC):
 
     Attributes:
         name (`str`):
-            The model, for the results.
+            Name of the model in the results.
         backend (`str`):
             Key of `BACKENDS`.
         decoding (`str`):
-            For the results: what shapes the distribution beside temperature and `top_p`.
+            Description for the results: what changes the distribution besides temperature and `top_p`.
     """
 
     name: str
@@ -42,12 +51,12 @@ class Sampler(ABC):
     decoding: str = "nothing else"
 
     def identity(self) -> dict:
-        """For the results: which weights, tokenizer and chat template the attempts come from. Results of others are not reused."""
+        """Weights, tokenizer and chat template that the attempts come from. Results with another identity are not reused."""
         return {}
 
     @abstractmethod
     def length(self, prompt: str | list[dict]) -> int:
-        """How long a prompt is, in some unit: batches are made of prompts of like length."""
+        """Length of a prompt, in any unit. Batches have prompts of similar length."""
 
     @abstractmethod
     def sample(
@@ -60,14 +69,14 @@ class Sampler(ABC):
             prompts (`list`):
                 `B` prompts, chat messages or text.
             instructions (`list[str | list[str]]`):
-                The user's turns between the attempts: one attempt more is sampled than there are. Each is a text for all
-                prompts, or `B` texts where a dataset has a column `correction_instruction`.
+                The user's turns between the attempts, one fewer than the number of attempts to sample. Each turn is a text for all
+                prompts, or `B` texts if a dataset has a column `correction_instruction`.
             decoding ([`Decoding`]):
-                How.
+                Temperature, `top_p` and maximum length of an attempt.
             seed (`int`):
-                The same seed, prompts and machine give the same attempts.
+                Seed of the sampling. The same seed, prompts and machine give the same attempts.
             given (`int`, *optional*, defaults to `0`):
-                Attempts that the prompts already hold.
+                Number of attempts that the prompts already contain.
 
         Returns:
             `list[list[Attempt]]`: `B` rows of `len(instructions) + 1` attempts.

@@ -41,7 +41,8 @@ from .tasks.base import first_line, text_of
 
 class TokenSampler(Sampler):
     """
-    The rollout of training: tokens in, tokens out. Subclasses write [`TokenSampler.generate`].
+    A sampler with the rollout of training: tokens in, tokens out. Subclasses set the attributes and define
+    [`TokenSampler.generate`].
 
     Attributes:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -51,7 +52,7 @@ class TokenSampler(Sampler):
         chat_template_kwargs (`dict`):
             Further arguments of the chat template.
         context_limit (`int`, *optional*):
-            Tokens that the model can read: of rollouts that can become longer there is a warning. `None`: not known here.
+            Number of tokens that the model can read. If rollouts can become longer, there is a warning. `None` if it is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -97,20 +98,20 @@ class TokenSampler(Sampler):
         seed: int,
     ) -> Rollouts:
         """
-        All attempts at some problems, one after the other.
+        Sample all attempts at some problems, one attempt after the other.
 
         Args:
             prompt_ids (`list[list[int]]`):
                 Token ids of the `B` prompts.
             bridge (`Callable[[int, int, list[int]], list[int]]`):
-                `bridge(attempt, row, attempt_ids)` returns the tokens between attempt `attempt`, from 1, of row `row`, from 0,
-                whose tokens it gets, and the next one.
+                `bridge(attempt, row, attempt_ids)` returns the tokens between attempt `attempt` (from 1) of row `row` (from 0) and the
+                next attempt. `attempt_ids` are the tokens of this attempt.
             num_attempts (`int`):
-                Attempts in a rollout.
+                Number of attempts in a rollout.
             decoding ([`Decoding`]):
-                How.
+                Temperature, `top_p` and maximum length of an attempt.
             seed (`int`):
-                Of the first attempt; each later one has the next number.
+                Seed of the first attempt. Each later attempt has the next number as its seed.
         """
         return roll_out(
             prompt_ids,
@@ -131,7 +132,7 @@ class TokenSampler(Sampler):
                 context.check_batch(prompt_ids, bridge, number, [None] * len(prompts))
             except ContextTooShort as error:
                 self._warned_of_context = True
-                warnings.warn(f"{error} What stands beyond the context is sampled all the same.", stacklevel=2)
+                warnings.warn(f"{error} Tokens beyond the context are sampled nevertheless.", stacklevel=2)
         rollouts = self.roll_out(prompt_ids, bridge, number, decoding, seed + 1 + given)
         texts = [decode_attempts(self.tokenizer, prompts, rollouts, k + 1) for k in range(number)]
         return [
@@ -145,20 +146,20 @@ class TokenSampler(Sampler):
 
 class TransformersSampler(TokenSampler):
     """
-    `generate` of transformers.
+    A sampler that calls `generate` of transformers.
 
     Args:
         model (`str` or `PreTrainedModel`):
-            A model, or the Hub id or folder of one; a folder with an adapter is loaded on top of its base model.
+            A model object, or the Hub id or folder of a model. An adapter is loaded on top of its base model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Its tokenizer; by default, the one saved with it.
+            The tokenizer. By default, it is the tokenizer that is saved with the model.
         reuse_cache (`bool`, *optional*, defaults to `True`):
-            Generate all attempts in one call, in which nothing is read twice, where the model allows it. False: a call for each
-            attempt, which reads its whole context.
+            Whether to generate all attempts in one call, in which no token is read twice, if the model allows it. With False there is
+            a call for each attempt, which reads its whole context.
         chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template; by default, those the model was trained with.
+            Further arguments of the chat template. By default, the arguments that the model was trained with.
         **kwargs:
-            For `from_pretrained`: `dtype`, `revision`, `trust_remote_code`, `attn_implementation`, `quantization_config`, ..
+            Arguments of `from_pretrained`: `dtype`, `revision`, `trust_remote_code`, `attn_implementation`, `quantization_config`, ..
     """
 
     backend = "transformers"
@@ -224,7 +225,7 @@ class TransformersSampler(TokenSampler):
         decoding: Decoding,
         seed: int,
     ) -> Rollouts:
-        """All attempts at some problems: in one `generate`, drawn from one seed, where the model allows it."""
+        """Sample all attempts at some problems: in one `generate` with one seed, if the model allows it."""
         config = decoding.generation_config(sorted(self.eos_token_ids), self.pad_token_id)
         overridden = type(self).generate is not TransformersSampler.generate  # it may sample in another way
         if overridden or not (self.reuse_cache and can_generate_all(self.model, config)):
@@ -273,18 +274,17 @@ class TransformersSampler(TokenSampler):
 
 class VLLMSampler(TokenSampler):
     """
-    vLLM in this process. Its `SamplingParams` are built from nothing, so that of the checkpoint's `generation_config.json` only
-    the end tokens are used.
+    A sampler that runs vLLM in this process. From the checkpoint's `generation_config.json` only the end tokens are used.
 
     Args:
         model (`str`):
             Hub id or folder.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Its tokenizer.
+            The tokenizer. By default, it is the tokenizer that is saved with the model.
         chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template; by default, those the model was trained with.
+            Further arguments of the chat template. By default, the arguments that the model was trained with.
         **kwargs:
-            For `vllm.LLM`: `dtype`, `revision`, `trust_remote_code`, `tensor_parallel_size`, `gpu_memory_utilization`, ..
+            Arguments of `vllm.LLM`: `dtype`, `revision`, `trust_remote_code`, `tensor_parallel_size`, `gpu_memory_utilization`, ..
     """
 
     backend = "vllm"

@@ -102,19 +102,19 @@ def inference_scaling(
     model, task: str | Task, *, output_dir: str | Path, max_budget: int = 64, temperature: float = 0.7, **settings
 ) -> list[dict]:
     """
-    Majority votes at budgets of 2, 4, .. samples per problem: over that many first attempts, and over half as many
-    second attempts, each corrected from a first one. The samples of the largest budget serve all: a smaller one is the mean
-    over disjoint groups of them.
+    Compare two majority votes at budgets of 2, 4, .. samples per problem: a vote over that many first attempts, and a vote over half
+    as many second attempts, each with its own first attempt. All budgets use the samples of the largest budget. The value of a
+    smaller budget is the mean over disjoint groups of these samples.
 
     Attempts that the reward left ungraded (`None`) do not vote. A problem is left out of both votes, at all budgets, if none of
     its first attempts or none of its second attempts is graded.
 
     Args:
         max_budget (`int`, *optional*, defaults to `64`):
-            Samples per problem, a power of 2.
+            Largest number of samples per problem, a power of 2.
         output_dir (`str`):
-            Folder for the rollouts (`corrected/`, `parallel/`) and `scaling.json`. Rollouts that it holds are reused if they are
-            of the same model, decoding and problems.
+            Folder for the rollouts (`corrected/`, `parallel/`) and `scaling.json`. Rollouts in this folder are reused if they have the
+            same model, decoding, problems and grader.
         model, task, **settings:
             These and the other arguments are described for [`~trl_score.evaluation.evaluate_self_correction`].
 

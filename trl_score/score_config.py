@@ -19,7 +19,7 @@ def lacks_bfloat16(args: TrainingArguments) -> bool:
 
 def check_bfloat16(args: TrainingArguments) -> None:
     """
-    Whether the machine can train as asked. transformers refuses bfloat16 without a GPU, too, but does not say what to set.
+    Check that the machine can train as asked. transformers also refuses bfloat16 without a GPU, but does not say what to set.
 
     Raises:
         `ValueError`: If it cannot.
@@ -34,9 +34,9 @@ def check_bfloat16(args: TrainingArguments) -> None:
 @dataclass
 class SCoReConfig(GRPOConfig):
     r"""
-    Configuration class for the [`SCoReTrainer`]: a [`~trl.GRPOConfig`] and what SCoRe adds or changes. Section, equation
-    and appendix numbers are those of [Training Language Models to Self-Correct via Reinforcement
-    Learning](https://huggingface.co/papers/2409.12917); defaults follow its MATH column (Appendix B).
+    Configuration class for the [`SCoReTrainer`]: a [`~trl.GRPOConfig`] with the options that SCoRe adds or changes. Section,
+    equation and appendix numbers refer to [Training Language Models to Self-Correct via Reinforcement
+    Learning](https://huggingface.co/papers/2409.12917). Defaults follow its MATH column (Appendix B).
 
     Parameters:
         > Parameters that control the attempts
@@ -54,9 +54,10 @@ class SCoReConfig(GRPOConfig):
             These first attempts are graded but not trained. With 1 no first attempt is sampled, which is the paper's ablation
             (Section 6.3).
         reuse_cache (`bool`, *optional*, defaults to `True`):
-            Generate all attempts in one call of `generate`, in which no token is read twice and no row waits for the attempt of
-            another one. False: a call for each attempt, which reads its whole context. For generation by transformers, not by its
-            continuous batching; `docs/rollout.md` lists the models and options that always get a call for each attempt.
+            Whether to generate all attempts in one call of `generate`, in which no token is read twice and no row waits for an
+            attempt of another row. With False there is a call for each attempt, which reads its whole context. The option applies
+            to generation by transformers without continuous batching. `docs/rollout.md` lists the models and options that always
+            have a call for each attempt.
         > Parameters that control the two stages
 
         stage1_steps (`float`, *optional*, defaults to `0.5`):
@@ -75,17 +76,16 @@ class SCoReConfig(GRPOConfig):
             Weight of the KL penalty that Stage I adds on the attempts before the one that it trains, $\beta_2$ (Eq. 3). The
             paper uses 0.25 for MBPP.
         adaptive_stage1_beta (`bool`, *optional*, defaults to `False`):
-            Adapt $\beta_2$ after each batch of Stage I, starting from `stage1_beta` (Section 5.3). It makes $\beta_2$ times the KL of
-            the held attempts about as large as the mean absolute advantage of the trained attempt. The formula is ours:
-            [`~trl_score.objective.balanced_stage1_beta`].
+            Whether to adapt $\beta_2$ after each batch of Stage I, starting from `stage1_beta` (Section 5.3). The adaptation makes
+            $\beta_2$ times the KL of the held attempts about as large as the mean absolute advantage of the trained attempt. The
+            formula is ours: [`~trl_score.objective.balanced_stage1_beta`].
         kl_level (`str`, *optional*, defaults to `"token"`):
-            Where the KL penalties are applied. `"token"` applies them in the loss, to each token the KL of the next-token
-            distributions. `"sequence"` applies them in the reward, before the baseline, to each attempt its log-ratio to the
-            reference (Eq. 2 to the letter, as in RLOO), so each token is also penalized for the tokens that follow it. This
-            has higher variance.
+            Where the KL penalties are applied. With `"token"` the loss of each token has the KL of the next-token distributions.
+            With `"sequence"` the reward of each attempt is reduced by its log-ratio to the reference, before the baseline. This is
+            exactly Eq. 2, as in RLOO. Each token is then also penalized for the tokens that follow it, and the variance is higher.
         reference_model_name_or_path (`str`, *optional*):
-            Reference model in full fine-tuning, if it is not the given model itself. This is needed when training starts from
-            a model that SCoRe has trained. It must have the same architecture, and it does not work with ZeRO-3 and FSDP.
+            Reference model in full fine-tuning. By default, it is the given model itself. Set it if training starts from a model
+            that SCoRe has trained. It must have the same architecture. It does not work with ZeRO-3 and FSDP.
 
         > Parameters that control evaluation and grading
 
@@ -103,9 +103,9 @@ class SCoReConfig(GRPOConfig):
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Learning rate schedule. The paper keeps the learning rate fixed.
         loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
-            Normalization of the loss. `"dr_grpo"` divides by a constant, so that the expected gradient is exactly
-            proportional to that of the paper's objective. `"grpo"`, `"bnpo"`, `"dapo"` and `"cispo"` are also supported;
-            `"cispo"` needs an `epsilon_high` of 1 or above.
+            Normalization of the loss. `"dr_grpo"` divides by a constant, so that the expected gradient is exactly proportional to
+            the gradient of the paper's objective. `"grpo"`, `"bnpo"`, `"dapo"` and `"cispo"` are also supported. `"cispo"` needs an
+            `epsilon_high` of 1 or above.
         scale_rewards (`str`, *optional*, defaults to `"none"`):
             Scaling of the advantages. The leave-one-out advantages are not scaled, and only `"none"` is supported.
     """
@@ -120,8 +120,8 @@ class SCoReConfig(GRPOConfig):
     loss_type: str = field(
         default="dr_grpo",
         metadata={
-            "help": "Normalization of the loss. 'dr_grpo' (default) divides by a constant, so the expected gradient is "
-            "proportional to that of the paper's objective. 'grpo', 'bnpo', 'dapo' and 'cispo' are also supported."
+            "help": "Normalization of the loss. 'dr_grpo' divides by a constant, so the expected gradient is proportional to the "
+            "gradient of the paper's objective. 'grpo', 'bnpo', 'dapo' and 'cispo' are also supported."
         },
     )
     scale_rewards: str = field(
@@ -169,8 +169,8 @@ class SCoReConfig(GRPOConfig):
     reuse_cache: bool = field(
         default=True,
         metadata={
-            "help": "Generate all attempts in one call of `generate`, in which no token is read twice and no row waits for the "
-            "attempt of another one. False: a call for each attempt, which reads its whole context."
+            "help": "Whether to generate all attempts in one call of `generate`, in which no token is read twice and no row waits for "
+            "an attempt of another row. With False there is a call for each attempt, which reads its whole context."
         },
     )
     stage1_steps: float = field(
@@ -203,22 +203,22 @@ class SCoReConfig(GRPOConfig):
     adaptive_stage1_beta: bool = field(
         default=False,
         metadata={
-            "help": "Adapt beta2 after each batch of Stage I, starting from `stage1_beta`, to balance the KL of the held "
-            "attempts and the policy objective of the trained one (Section 5.3)."
+            "help": "Whether to adapt beta2 after each batch of Stage I, starting from `stage1_beta`. This balances the KL of the held "
+            "attempts with the policy objective of the trained attempt (Section 5.3)."
         },
     )
     kl_level: str = field(
         default="token",
         metadata={
-            "help": "Where the KL penalties are applied: 'token' (default) in the loss of each token, or 'sequence' in the "
-            "reward of each attempt, before the baseline, as in RLOO."
+            "help": "Where the KL penalties are applied: in the loss of each token ('token'), or in the reward of each attempt before "
+            "the baseline, as in RLOO ('sequence')."
         },
     )
     reference_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Reference model in full fine-tuning, if it is not the given model itself. It must have the same "
-            "architecture, and it does not work with ZeRO-3 and FSDP."
+            "help": "Reference model in full fine-tuning. By default, it is the given model itself. It must have the same "
+            "architecture. It does not work with ZeRO-3 and FSDP."
         },
     )
     eval_temperature: float = field(
@@ -340,7 +340,7 @@ class SCoReConfig(GRPOConfig):
             )
         if self.offline_first_attempts > 0 and self.num_offline == 0:
             raise ValueError(
-                f"{share} of `num_generations={self.num_generations}` rollouts rounds to none of them. Increase one of the two."
+                f"{share} rounds to zero of the `num_generations={self.num_generations}` rollouts. Increase one of the two."
             )
         if self.num_generations - self.num_offline == 1:
             raise ValueError(

@@ -93,9 +93,9 @@ warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is depreca
 class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
     """
     Trainer for SCoRe, the method of [Training Language Models to Self-Correct via Reinforcement
-    Learning](https://huggingface.co/papers/2409.12917): a [`~trl.GRPOTrainer`] in which a completion is several attempts
-    at a problem with a correction instruction between them, and every attempt has its own reward, advantage and KL weight.
-    One `train()` runs Stage I and Stage II.
+    Learning](https://huggingface.co/papers/2409.12917). It is a [`~trl.GRPOTrainer`] in which a completion is several attempts at a
+    problem with a correction instruction between them. Every attempt has its own reward, advantage and KL weight. One `train()` runs
+    Stage I and Stage II.
 
     Example:
 
@@ -119,8 +119,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             adapter.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Reward functions, as in [`~trl.GRPOTrainer`]. Each is called once per attempt: `completions` and
-            `completion_ids` hold that attempt alone, and the keyword `attempt` says which it is, from 1. An attempt counts
-            as right in the accuracy metrics when the first reward function gives it at least 1.
+            `completion_ids` contain only this attempt, and the keyword `attempt` is its number, from 1. An attempt counts as
+            right in the accuracy metrics if the first reward function gives it at least 1.
         args ([`SCoReConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -671,13 +671,13 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
 
     def generate_attempts(self, prompts: list, instructions: list[str] | None = None) -> list[list[str]]:
         """
-        All attempts at some problems, in one batch, decoded as in evaluation (`eval_temperature`).
+        Sample all attempts at some problems, in one batch, decoded as in evaluation (`eval_temperature`).
 
         Args:
             prompts (`list`):
                 Prompts, chat messages or text.
             instructions (`list[str]`, *optional*):
-                Correction instruction of each prompt; the configured one if not given.
+                Correction instruction of each prompt. By default, it is `correction_instruction` of the configuration.
 
         Returns:
             `list[list[str]]`: the text of each attempt of each problem.

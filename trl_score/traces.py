@@ -36,18 +36,19 @@ def star_traces(
     rollouts: list[dict], *, plus: bool = False, learn: str = "right", max_per_problem: int | None = None
 ) -> Dataset:
     r"""
-    The traces of STaR: rollouts whose first attempt is wrong and whose second is right ($D$), and with `plus` those with
-    two right attempts too ($D^+$).
+    The traces of STaR: rollouts with a wrong first and a right second attempt ($D$). With `plus` also rollouts with two right
+    attempts ($D^+$).
 
     Args:
         rollouts (`list[dict]`):
-            Rollouts of two attempts, of [`~trl_score.collection.collect`].
+            Rollouts of two attempts, from [`~trl_score.collection.collect`].
         plus (`bool`, *optional*, defaults to `False`):
-            Whether to keep c→c rollouts beside i→c ones.
+            Whether to keep c→c rollouts as well as i→c rollouts.
         learn (`str`, *optional*, defaults to `"right"`):
-            `"right"`: every right attempt is learnt, and a wrong one is context only. `"last"`: only the second attempt.
+            Attempts to learn: every right attempt (`"right"`), so that a wrong attempt is only context, or only the second attempt
+            (`"last"`).
         max_per_problem (`int`, *optional*):
-            Traces of each kind to keep for a problem at most, the first ones.
+            Maximum number of traces of each kind for a problem. The first traces are kept.
 
     Returns:
         [`~datasets.Dataset`] with the columns `index` (of the problem), `kind` (`"i_to_c"` or `"c_to_c"`), `prompt`,
@@ -74,13 +75,13 @@ def pair_traces(
     seed: int = 42,
 ) -> Dataset:
     r"""
-    The traces of Pair-SFT: a wrong and a right first attempt at the same problem, sampled independently and put one after the
-    other ($D$), and with `plus` pairs of two right ones too ($D^+$). Attempts are paired at random; in the pairs of a kind
-    each is used once.
+    The traces of Pair-SFT: pairs of a wrong and a right first attempt at the same problem, which were sampled independently ($D$).
+    With `plus` also pairs of two right attempts ($D^+$). Attempts are paired at random. In the pairs of one kind each attempt is
+    used once.
 
     Args:
         rollouts (`list[dict]`):
-            Rollouts of [`~trl_score.collection.collect`], of which the first attempts are used.
+            Rollouts from [`~trl_score.collection.collect`]. Only their first attempts are used.
         plus, learn, max_per_problem:
             As for [`star_traces`].
         seed (`int`, *optional*, defaults to `42`):
@@ -128,13 +129,13 @@ def tokenized(
     chat_template_kwargs: dict | None = None,
 ) -> Dataset:
     """
-    Traces as `SFTTrainer` takes them: the tokens of [`~trl_score.rollout`], with the loss on the attempts to learn alone.
+    Traces in the form that `SFTTrainer` takes: the tokens of [`~trl_score.rollout`], with the loss only on the attempts to learn.
 
     Args:
         traces ([`~datasets.Dataset`]):
             Traces from [`star_traces`] or [`pair_traces`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The one that the attempts were sampled with.
+            The tokenizer that the attempts were sampled with.
         correction_instruction (`str`):
             The user's turn between the attempts.
         chat_template_kwargs (`dict`, *optional*):

@@ -185,7 +185,7 @@ class WorkerPool:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         elif num_workers < 1:
-            raise ValueError(f"`num_workers={num_workers}` leaves nobody to grade. Set it to 1 or more.")
+            raise ValueError(f"`num_workers={num_workers}` leaves no worker to grade. Set it to 1 or more.")
         self.command, self.env, self.num_workers = list(command), env, num_workers
         self._workers: list[Worker] = []
         self._lock = threading.Lock()

@@ -36,7 +36,7 @@ def write_inspect_logs(folders: list[str | Path], output_dir: str | Path) -> lis
         raise ImportError("`--format inspect` needs Inspect. Install it: pip install 'trl-score[inspect]'.") from error
     evaluations = find(folders).evaluations
     if not evaluations:
-        raise FileNotFoundError("There is no evaluation in these folders, and logs are written of evaluations only.")
+        raise FileNotFoundError("These folders hold no evaluation. Logs for Inspect are written only for evaluations.")
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     files = []

@@ -76,18 +76,18 @@ def write_report(
     folders: list[str | Path], output: str | Path, *, figure_dir: str | Path | None = None, max_rollouts: int = 5000
 ) -> Path:
     """
-    Write the page.
+    Write the HTML page of evaluations, training runs and scaling studies.
 
     Args:
         folders (`list[str | Path]`):
             Folders of evaluations, training runs and scaling studies; see [`find`]. Models are compared with the first
             evaluation.
         output (`str`):
-            The file.
+            File of the page.
         figure_dir (`str`, *optional*):
             Folder for the figures as PNG and SVG.
         max_rollouts (`int`, *optional*, defaults to `5000`):
-            Rollouts of each evaluation in the browser. The tables and figures are of all.
+            Maximum number of rollouts of each evaluation that the page shows. Tables and figures use all rollouts.
 
     Raises:
         `FileNotFoundError`: If a folder holds nothing to report.

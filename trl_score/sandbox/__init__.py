@@ -90,7 +90,7 @@ class Sandbox:
     that no expected value crosses. Only the process with the tests can report a pass: it writes the verdict to a file that
     the program's process cannot access. docs/sandbox.md has a table of what tests may do with a program's objects.
 
-    Each backend prevents the following on Linux (x86_64; the same tables for aarch64 were not tried):
+    Each backend prevents the following on Linux (x86_64; aarch64 was not tested):
 
     | | `"namespaces"` | `"landlock"` | `"seccomp"` | `"none"` |
     |---|---|---|---|---|
@@ -105,12 +105,12 @@ class Sandbox:
     between programs that run at the same time, and faults of the processor. For programs of a patient adversary, use a virtual
     machine as well.
 
-    A program can import the standard library. It cannot start a process or open a file, and its output is thrown away.
+    A program can import the standard library. It cannot start a process or open a file, and its output is discarded.
 
     Args:
         backend (`str`, *optional*, defaults to `"auto"`):
             One of `"namespaces"`, `"landlock"`, `"seccomp"`, `"none"`, or `"auto"`: the first of the first three that
-            this machine allows. `"none"` has to be asked for.
+            this machine allows. `"none"` must be requested by name.
         cpu_seconds (`float`, *optional*, defaults to `10.0`):
             CPU time of a program. The slowest reference program of MBPP and HumanEval (MBPP's problem 123) needs 4 to 5.4.
         wall_seconds (`float`, *optional*, defaults to `30.0`):
@@ -121,7 +121,7 @@ class Sandbox:
         packages (`Sequence[str]`, *optional*):
             Packages of this environment that programs may import, such as `"numpy"`.
         num_workers (`int`, *optional*):
-            Programs to run at a time. Defaults to the usable CPU cores, divided among the processes of `accelerate`.
+            Number of programs to run at a time. Defaults to the usable CPU cores, divided among the processes of `accelerate`.
         allow_code_execution (`bool`, *optional*):
             Consent to run the programs. By default, it is given by the environment variable `HF_ALLOW_CODE_EVAL=1`, as in
             `evaluate`.
@@ -167,8 +167,8 @@ class Sandbox:
             raise RuntimeError(NO_DESCRIPTORS)
         if sys.platform != "linux" and backend != "none":
             raise RuntimeError(
-                f"The locks of the sandbox are Linux's, and this is {sys.platform}: use Linux, a container or a runner of your "
-                "own (docs/sandbox.md), or `backend='none'` where nothing can be lost."
+                f"The sandbox isolates programs with features of Linux, and this is {sys.platform}. Use Linux, a container or a runner of "
+                "your own (docs/sandbox.md), or `backend='none'` on a machine where programs can do no harm."
             )
         self.cpu_seconds, self.wall_seconds, self.memory = cpu_seconds, wall_seconds, memory
         refusals = {}
@@ -184,8 +184,8 @@ class Sandbox:
             self.close()
         else:
             raise RuntimeError(
-                f"This machine allows no sandbox: {refusals}. `backend='none'` runs programs with no isolation "
-                "but that of processes and their limits; do that only where nothing can be lost."
+                f"This machine allows no sandbox: {refusals}. `backend='none'` isolates programs only by processes and their limits. Use "
+                "it only on a machine where programs can do no harm."
             )
         logger.log(
             logging.WARNING if self.backend in ("seccomp", "none") else logging.INFO,

@@ -36,7 +36,7 @@ def get_task(name: str, **kwargs) -> Task:
     kwargs = {argument: value for argument, value in kwargs.items() if value is not None}
     if name in TASKS:
         if name == Arithmetic.name and "data_dir" in kwargs:
-            raise ValueError("'arithmetic' is made, not read: it has no `data_dir`.")
+            raise ValueError("The problems of 'arithmetic' are generated, so it has no `data_dir`. Leave it out.")
         return TASKS[name](**kwargs)
     if ":" not in name:
         raise ValueError(

@@ -23,8 +23,8 @@ class Task(ABC):
         correction_instruction (`str`):
             The user's turn after an attempt (Section 3). It must not say whether the attempt was right.
         feedback_instruction, refine_instruction (`str`, have defaults):
-            The user's turns of Self-Refine: one that asks for feedback on an attempt, and one after the feedback that asks for
-            the next attempt. They must not say whether the attempt was right either.
+            The user's turns of Self-Refine. The first asks for feedback on an attempt. The second follows the feedback and asks for the
+            next attempt. They must not say whether the attempt was right.
         num_given_attempts (`int`, defaults to `0`):
             Number of attempts that the prompts of this task already hold, each followed by the correction instruction. It is
             1 for offline repair, where the first generated attempt is attempt 2.

@@ -123,7 +123,7 @@ class CodeTask(Task):
         data_dir (`str`, *optional*):
             Folder with the rows as JSON lines (docs/tasks.md). By default, they come from the Hub.
         sandbox (`Sandbox`, *optional*):
-            Where the programs run. By default, the best that this machine allows.
+            The sandbox in which the programs run. By default, it has the best backend that this machine allows.
         runner (`Callable[[Sequence[Submission]], Sequence[Verdict]]`, *optional*):
             A function that runs programs against their tests in place of the sandbox, for instance in a container or by a
             service. It returns one [`Verdict`] per [`Submission`], in their order. The function is responsible for what the
@@ -131,9 +131,9 @@ class CodeTask(Task):
         allow_code_execution (`bool`, *optional*):
             Consent to run programs that a model wrote; see [`Sandbox`].
         fractional_reward (`bool`, *optional*, defaults to `False`):
-            Reward the share of the assertions that hold, instead of 1 if all hold and 0 otherwise. Each assertion is run by
-            itself. Tests without assertions at their top level, such as HumanEval's, stay all or nothing. An attempt still
-            counts as right only if all assertions hold.
+            Whether to reward the share of the assertions that hold, instead of 1 if all hold and 0 otherwise. Each assertion is run
+            by itself. Tests without assertions at their top level, such as HumanEval's, still give 0 or 1. An attempt counts as right
+            only if all assertions hold.
 
     Raises:
         `PermissionError`: Without consent.
@@ -331,7 +331,7 @@ class MBPPRepair(MBPP):
     def rows(self, split: str) -> list[dict]:
         if self.data_dir is None:
             raise FileNotFoundError(
-                "'mbpp_repair' is on no Hub: set `data_dir` to a folder with mbpp_repair/mbpp_repair.jsonl (docs/tasks.md "
+                "'mbpp_repair' is not on the Hub: set `data_dir` to a folder with mbpp_repair/mbpp_repair.jsonl (docs/tasks.md "
                 "says which columns)."
             )
         shots = self.shots(self.all_rows())

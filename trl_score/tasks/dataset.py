@@ -95,7 +95,7 @@ class DatasetTask(Task):
         if self.reads_mathematics and "solution" not in rows.column_names:
             raise ValueError(
                 f"The dataset '{self.name}' has no column `solution` or `answer` for `accuracy_reward` to compare with, only "
-                f"{sorted(rows.column_names)}. Rename the column that holds the answers, or give `reward_funcs` that do without."
+                f"{sorted(rows.column_names)}. Rename the column that holds the answers, or give `reward_funcs` that do not need it."
             )
         return rows
 

@@ -51,7 +51,7 @@ class MathTask(Task):
         memory (`int`, *optional*, defaults to `4 * 2**30`):
             Bytes of address space of a worker that grades.
         num_workers (`int`, *optional*):
-            Attempts to grade at a time. Defaults to the usable CPU cores, divided among the processes of `accelerate`.
+            Number of attempts to grade at a time. Defaults to the usable CPU cores, divided among the processes of `accelerate`.
     """
 
     correction_instruction = CORRECTION_INSTRUCTION
