@@ -151,6 +151,9 @@ def test_missing_empty_and_overlong_stored_attempts_are_refused(make_arithmetic_
     long = rows.add_column("first_attempts", [[" ".join("1" * 50)]] * 4)
     with pytest.raises(ValueError, match="context of 64 tokens is too short"):
         make_arithmetic_trainer({"train_dataset": long}, offline_first_attempts=0.5)
+    of_another_model = rows.add_column("first_attempts", [[[1, 2]], [[1], [2, 500]], [[1]], [[1]]])
+    with pytest.raises(ValueError, match="the token id 500 in row 1, but the model has 19 tokens"):
+        make_arithmetic_trainer({"train_dataset": of_another_model}, offline_first_attempts=0.5)
 
 
 def test_a_run_with_stored_first_attempts_trains_both_stages(make_arithmetic_trainer):

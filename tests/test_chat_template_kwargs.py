@@ -55,6 +55,14 @@ def expected(model, split, kwargs):
     return [tokenize_prompt(tokenizer, prompt, kwargs) for prompt in prompts], bridge
 
 
+def test_only_variables_of_the_template_are_taken(model):
+    match = "`chat_template_kwargs` has add_generation_prompt, which training and evaluation set themselves"
+    with pytest.raises(ValueError, match=match):
+        evaluate_self_correction(
+            str(model), "arithmetic", **SMALL, chat_template_kwargs={"add_generation_prompt": True}
+        )
+
+
 RUNS = {
     "evaluate": ("test", lambda model, folder, **more: evaluate_self_correction(model, "arithmetic", **SMALL, **more)),
     "collect": ("train", lambda model, folder, **more: collect(model, "arithmetic", num_samples=1, **SMALL, **more)),

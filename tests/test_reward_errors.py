@@ -155,9 +155,15 @@ def test_an_infinite_reward_is_refused(infinite):
         graded(lambda **_: rewards, "judge", 2)(**rows())
 
 
-def test_a_reward_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match=r"'judge' returned '1.0' for attempt 1 in row 0: .*A reward is a number"):
-        graded(lambda **_: ["1.0"] * NUMBER, "judge", 1)(**rows())
+@pytest.mark.parametrize("other", [["1.0"] * NUMBER, torch.ones(NUMBER, 1), [[1.0]] * NUMBER])
+def test_a_reward_that_is_no_number_is_refused(other):
+    with pytest.raises(ValueError, match=r"'judge' returned .* for attempt 1 in row 0: .*A reward is a number"):
+        graded(lambda **_: other, "judge", 1)(**rows())
+
+
+def test_a_dict_of_rewards_is_refused():
+    with pytest.raises(ValueError, match="'judge' returned `dict` for"):
+        graded(lambda **_: dict.fromkeys(range(NUMBER), 1.0), "judge", 1)(**rows())
 
 
 @pytest.mark.parametrize(

@@ -131,12 +131,29 @@ def check_first_attempts(dataset: Dataset | IterableDataset):
             "Sample them from the base model with `trl-score collect` and add them with "
             "`trl_score.collection.with_first_attempts`, or set `offline_first_attempts=0`."
         )
-    rows = column_of(rows, "first_attempts") if isinstance(rows, Dataset) else [row["first_attempts"] for row in rows]
-    for index, attempts in enumerate(rows):
+    for index, attempts in enumerate(first_attempts_of(dataset)):
         if not attempts or any(not attempt for attempt in attempts) or isinstance(attempts, str):
             raise ValueError(
                 f"`train_dataset` has no `first_attempts` in row {index}, or an empty one. Give every problem a list of texts "
                 "or of token ids, or drop it."
+            )
+
+
+def first_attempts_of(dataset: Dataset | IterableDataset) -> Iterable:
+    """The stored first attempts of each row, of a stream those of its first row."""
+    if isinstance(dataset, Dataset):
+        return column_of(dataset, "first_attempts")
+    return (row["first_attempts"] for row in dataset.take(1))
+
+
+def check_vocabulary(dataset: Dataset | IterableDataset, size: int):
+    """Stored first attempts that are token ids are of the model's vocabulary, which has `size` tokens."""
+    for index, attempts in enumerate(first_attempts_of(dataset)):
+        largest = max((max(attempt) for attempt in attempts if not isinstance(attempt, str)), default=0)
+        if largest >= size:
+            raise ValueError(
+                f"`train_dataset` has a stored first attempt with the token id {largest} in row {index}, but the model has {size} "
+                "tokens. It was sampled from another model. Sample first attempts from this one (`trl-score collect`), or store texts."
             )
 
 

@@ -82,14 +82,17 @@ def checked(rewards, name: str, prompts: list, attempt: int):
     Raises:
         `ValueError`: If there is not one for each of the `prompts`, or if one is infinite or no number.
     """
-    if not hasattr(rewards, "__len__") or len(rewards) != len(prompts):
-        got = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"`{type(rewards).__name__}`"
+    is_list = hasattr(rewards, "__len__") and not isinstance(rewards, dict)
+    if not is_list or len(rewards) != len(prompts):
+        got = f"{len(rewards)} rewards" if is_list else f"`{type(rewards).__name__}`"
         raise ValueError(
             f"The reward function '{name}' returned {got} for {len(prompts)} completions of attempt {attempt}. It must "
             "return a list with one reward per completion, `None` where a completion cannot be scored."
         )
     for row, (reward, prompt) in enumerate(zip(rewards, prompts, strict=True)):
         try:
+            if getattr(reward, "ndim", 0) > 0:
+                raise TypeError("an array")
             is_infinite = reward is not None and math.isinf(reward)
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -99,7 +102,7 @@ def checked(rewards, name: str, prompts: list, attempt: int):
         if is_infinite:
             raise ValueError(
                 f"The reward function '{name}' returned {float(reward)} for attempt {attempt} in row {row}: {prompt}. An infinite "
-                "reward has no mean, and one update with it would destroy the weights. Return a finite number, or `None` where a "
+                "reward has no baseline, and one update with it would destroy the weights. Return a finite number, or `None` where a "
                 "completion cannot be scored."
             )
     return rewards

@@ -23,6 +23,11 @@ from trl.chat_template_utils import parse_response
 
 
 SENTINEL = "ASSISTANT-TEXT-STANDS-HERE"
+# Arguments of `apply_chat_template` that are no variables of the template.
+RENDERING = {
+    *("conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length"),
+}
 SETTINGS_FILE = "score.json"
 
 
@@ -146,6 +151,18 @@ def tokenize_prompt(
     )["input_ids"]
 
 
+def check_chat_template_kwargs(kwargs: dict) -> None:
+    """
+    Raises:
+        `ValueError`: If arguments say how to call the tokenizer, and are no variables of the chat template.
+    """
+    if ours := RENDERING.intersection(kwargs):
+        raise ValueError(
+            f"`chat_template_kwargs` has {', '.join(sorted(ours))}, which training and evaluation set themselves. It takes "
+            "variables of the chat template, such as `enable_thinking`. Remove the others."
+        )
+
+
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Refuse prompts of chat messages where nothing says how to render them.
@@ -244,6 +261,7 @@ class Bridge:
     ):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
+        check_chat_template_kwargs(self.chat_template_kwargs)
         self._unchecked_ends = end_token_ids  # None once the template was checked
         # What can close a turn. An ordinary token of the template, such as its line break, does not.
         special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -34,7 +34,15 @@ from .endpoint import EndpointSampler, address, endpoint_identity
 from .fingerprints import hub_arguments
 from .generation import AllAttempts, can_generate_all, contiguous_head
 from .records import processes
-from .rollout import Bridge, Rollouts, decode_attempts, load_rollout_settings, roll_out, tokenize_prompt
+from .rollout import (
+    Bridge,
+    Rollouts,
+    check_chat_template_kwargs,
+    decode_attempts,
+    load_rollout_settings,
+    roll_out,
+    tokenize_prompt,
+)
 from .sampler import Attempt, Sampler, for_each_prompt
 from .tasks.base import first_line, text_of
 
@@ -404,6 +412,7 @@ def load_rendering(
     where = hub_arguments(kwargs)
     if chat_template_kwargs is None:
         chat_template_kwargs = load_rollout_settings(name, **where).get("chat_template_kwargs", {})
+    check_chat_template_kwargs(chat_template_kwargs)
     if tokenizer is None:
         code = {"trust_remote_code": True} if kwargs.get("trust_remote_code") else {}
         tokenizer = AutoTokenizer.from_pretrained(name, **where, **code)

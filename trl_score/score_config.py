@@ -31,6 +31,12 @@ def check_bfloat16(args: TrainingArguments) -> None:
         )
 
 
+POSITIVE = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),
+    *("generation_batch_size", "per_device_eval_batch_size", "num_generations_eval"),
+)
+
+
 @dataclass
 class SCoReConfig(GRPOConfig):
     r"""
@@ -269,6 +275,11 @@ class SCoReConfig(GRPOConfig):
                 f"The leave-one-out baseline needs two rollouts per problem, got `num_generations={self.num_generations}`."
                 " Set it to 2 or more."
             )
+        for name in POSITIVE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(
+                    f"`{name}={value}` would leave no rollouts to train or evaluate on. Set it to 1 or more."
+                )
         if self.correction_instruction is not None and not self.correction_instruction.strip():
             raise ValueError(
                 "`correction_instruction` is empty, so the second attempt would not be asked to correct the first. Set "

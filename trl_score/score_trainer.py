@@ -43,6 +43,7 @@ from .checks import (
     check_stage1_steps,
     check_trainable,
     check_unsupported,
+    check_vocabulary,
     in_one_shard,
     length_of_run,
     warn_of_dropout,
@@ -281,6 +282,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self.mask_truncated_completions = False
         # Training and evaluation can have different columns, so each has its table of completions.
         self._tables = {"train": self._logs, "eval": empty_table(self._logs)}
+        if args.offline_first_attempts > 0:
+            check_vocabulary(self.train_dataset, self.model.get_input_embeddings().num_embeddings)
         limit = context_limit(self.model.config, args)
         self._context = ContextCheck(limit, self.max_completion_length, self._bridge)
         self._context.check_datasets(
