@@ -99,7 +99,7 @@ def test_rollouts_that_can_leave_the_context_are_warned_of_once(settings):
     settings = SETTINGS | settings | {"max_completion_length": 32}
     sampler = TransformersSampler(BASE, reuse_cache=settings.pop("reuse_cache", True))
     with pytest.warns(
-        UserWarning, match=r"context of 64 tokens .* Lower `max_completion_length`, .* sampled all"
+        UserWarning, match=r"context of 64 tokens .* Lower `max_completion_length`, .* sampled nevertheless"
     ) as caught:
         evaluate_self_correction(sampler, "arithmetic", **settings)
     assert len([each for each in caught if "context" in str(each.message)]) == 1

@@ -133,6 +133,6 @@ def _check_tokenizer(folder: str | Path, settings: dict, rollouts: list[dict], t
         )
     elif settings["tokenizer"]["vocabulary"] != of_tokenizer(tokenizer)["vocabulary"]:
         raise ValueError(
-            f"'{folder}' holds token ids of another tokenizer, that of '{settings['model']}': the model to be trained would read them "
+            f"'{folder}' holds token ids of another tokenizer, the one of '{settings['model']}': the model to be trained would read them "
             "as other words. Collect with a model that has the same tokenizer."
         )

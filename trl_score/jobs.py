@@ -321,7 +321,9 @@ def grade(
             ids = [row[k] for row in token_ids] if token_ids else [None if text else [] for text in attempt]
             if None not in ids:
                 more["completion_ids"] = ids
-        given = checked(task.reward(completions, **columns | more), f"{type(task).__name__}.reward", prompts, k + 1)
+        given = checked(
+            task.reward(completions, **columns | more), f"{type(task).__name__}.reward", len(texts), k + 1, prompts
+        )
         rewards.append([None if reward is None else float(reward) for reward in given])
     other = [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
     answers = [

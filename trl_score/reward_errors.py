@@ -53,7 +53,7 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
                     except Exception:
                         pass
                 raise _failure(error, name, row, kwargs) from error
-            return checked(rewards, name, kwargs["prompts"], attempt)
+            return checked(rewards, name, len(kwargs["completions"]), attempt, kwargs.get("prompts"))
 
     else:
 
@@ -70,40 +70,40 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
                     except Exception:
                         pass
                 raise _failure(error, name, row, kwargs) from error
-            return checked(rewards, name, kwargs["prompts"], attempt)
+            return checked(rewards, name, len(kwargs["completions"]), attempt, kwargs.get("prompts"))
 
     return call
 
 
-def checked(rewards, name: str, prompts: list, attempt: int):
+def checked(rewards, name: str, number: int, attempt: int, prompts: list | None = None):
     """
-    The rewards of a reward function for attempt `attempt`.
+    The rewards of a reward function for `number` completions of attempt `attempt`. An error shows the prompt, if there are `prompts`.
 
     Raises:
-        `ValueError`: If there is not one for each of the `prompts`, or if one is infinite or no number.
+        `ValueError`: If there is not one reward for each completion, or if one is infinite or no number.
     """
     is_list = hasattr(rewards, "__len__") and not isinstance(rewards, dict)
-    if not is_list or len(rewards) != len(prompts):
+    if not is_list or len(rewards) != number:
         got = f"{len(rewards)} rewards" if is_list else f"`{type(rewards).__name__}`"
         raise ValueError(
-            f"The reward function '{name}' returned {got} for {len(prompts)} completions of attempt {attempt}. It must "
-            "return a list with one reward per completion, `None` where a completion cannot be scored."
+            f"The reward function '{name}' returned {got} for {number} completions of attempt {attempt}. It must return a list with "
+            "one reward per completion, `None` where a completion cannot be scored."
         )
-    for row, (reward, prompt) in enumerate(zip(rewards, prompts, strict=True)):
+    for row, reward in enumerate(rewards):
+        where = f"for attempt {attempt} in row {row}" + (f": {prompts[row]}" if prompts else "")
         try:
             if getattr(reward, "ndim", 0) > 0:
                 raise TypeError("an array")
             is_infinite = reward is not None and math.isinf(reward)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The reward function '{name}' returned {reward!r} for attempt {attempt} in row {row}: {prompt}. A reward is a "
-                "number, or `None` where a completion cannot be scored."
+                f"The reward function '{name}' returned {reward!r} {where}. A reward is a number, or `None` where a completion cannot "
+                "be scored."
             ) from error
         if is_infinite:
             raise ValueError(
-                f"The reward function '{name}' returned {float(reward)} for attempt {attempt} in row {row}: {prompt}. An infinite "
-                "reward has no baseline, and one update with it would destroy the weights. Return a finite number, or `None` where a "
-                "completion cannot be scored."
+                f"The reward function '{name}' returned {float(reward)} {where}. An infinite reward has no baseline, and one update "
+                "with it would destroy the weights. Return a finite number, or `None` where a completion cannot be scored."
             )
     return rewards
 

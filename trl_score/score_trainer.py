@@ -264,9 +264,16 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
                 )
             return logps
 
-        with self.accelerator.autocast():
-            limit = 0.05 if is_exact(self.model, self.args) else 0.5
-            check_log_probabilities(self.model, score, self.temperature, limit)
+        report_to, self.args.report_to = (
+            self.args.report_to,
+            [],
+        )  # TRL reports how long it took, also before a tracker is open
+        try:
+            with self.accelerator.autocast():
+                limit = 0.05 if is_exact(self.model, self.args) else 0.5
+                check_log_probabilities(self.model, score, self.temperature, limit)
+        finally:
+            self.args.report_to = report_to
 
     def _set_rollout(self):
         """Let TRL sample rollouts of several attempts, and check that these fit the context."""
