@@ -225,7 +225,9 @@ class JobArguments(AttemptArguments):
     """What the three sampling functions share: see [`~trl_score.evaluation.evaluate_self_correction`]."""
 
     title = "Attempts"
-    correction_instruction: str | None = option(
+    correction_instruction: str | None = changed(
+        AttemptArguments,
+        "correction_instruction",
         None,
         "The user's turn between two attempts. By default, it is the instruction that the model was trained with, else the "
         "instruction of the task.",

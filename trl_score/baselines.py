@@ -21,7 +21,7 @@ from .decoding import load_generation_config, with_end_token
 from .evaluation import evaluate_self_correction, table
 from .fingerprints import fingerprint, of_rows
 from .parsing import Parser
-from .records import check_folder, differences, disconnect, processes, strict_json, write_atomically
+from .records import check_folder, differences, disconnect, processes, read_json, strict_json, write_json
 from .resuming import check_no_model, checkpoints, has_model, last_whole_checkpoint
 from .rollout import save_rollout_settings
 from .sampling import checkpoint_identity, load_rendering
@@ -159,7 +159,7 @@ def resume(output_dir: Path, settings: dict, training: set[str]) -> dict:
     folders = (output_dir, *output_dir.glob("iteration-*"))
     has_checkpoints = any(map(checkpoints, folders))
     if file.exists():
-        before = json.loads(file.read_text("utf-8"))
+        before = read_json(file)
         if before["iterations"] or has_checkpoints or any(map(has_model, folders)):
             if changes := differences(before["settings"], settings, training - before["settings"].keys()):
                 raise ValueError(
@@ -180,7 +180,7 @@ def save(output_dir: Path, result: dict) -> None:
     """Write the result so far, in the main process."""
     if processes().is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(output_dir / RESULT, lambda path: path.write_text(strict_json(result), "utf-8"))
+        write_json(output_dir / RESULT, result)
 
 
 def loading(model_args: ModelConfig, args: SFTConfig, backend: str) -> dict:

@@ -25,7 +25,7 @@ from trl.trainer.utils import get_config_model_id
 from ._version import __version__
 from .callbacks import BEST, loaded_step
 from .metrics import bootstrap_intervals, label, metric, not_graded
-from .records import strict_json
+from .records import write_json
 from .tasks import TASKS, Arithmetic, MathTask
 from .tasks.math import math_prompt
 from .tasks.sources import HUB
@@ -189,7 +189,7 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     card.text = f"{before}{section}\n\n## Training procedure{after}"
     _describe(card.data, trainer, evaluations, path.parent.name)
     card.save(path)
-    (path.parent / RUN).write_text(strict_json({"settings": settings}), "utf-8")
+    write_json(path.parent / RUN, {"settings": settings})
 
 
 @contextmanager

@@ -171,7 +171,7 @@ class Store:
     def write(self, name: str, content: dict) -> None:
         """A file beside the rollouts, by the main process."""
         if self.folder is not None and self.state.is_main_process:
-            write_atomically(self.folder / name, lambda path: path.write_text(strict_json(content), "utf-8"))
+            write_json(self.folder / name, content)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -179,6 +179,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content) -> None:
+    """Write a file of [`strict_json`], as a whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(strict_json(content), "utf-8"))
 
 
 def position(row: dict) -> tuple[int, int]:

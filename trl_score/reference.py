@@ -18,9 +18,8 @@ from .score_config import SCoReConfig
 
 logger = get_logger(__name__)
 
-TRAINED_FLAG = (
-    "score_trained"  # in the config.json and score.json of a model that SCoRe trained: it is no base model any more
-)
+# In the config.json and score.json of a model that SCoRe trained: it is no base model any more.
+TRAINED_FLAG = "score_trained"
 # PEFT's initializations that subtract the new adapter from the base weights, or quantize them.
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

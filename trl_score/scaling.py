@@ -13,7 +13,7 @@ import numpy as np
 from .evaluation import evaluate
 from .jobs import Plan, sample_rollouts
 from .metrics import bootstrap_intervals, metric
-from .records import processes, strict_json, write_atomically
+from .records import processes, write_json
 from .tasks import Task
 
 
@@ -142,8 +142,7 @@ def inference_scaling(
     _, others = sample_rollouts(replace(plan, job=parallel, output_dir=folder / "parallel"))
     result = votes(task, corrected.rollouts, others.all_rollouts(), max_budget)
     if processes().is_main_process:
-        study = {"settings": corrected.settings, "budgets": result}
-        write_atomically(folder / SCALING, lambda path: path.write_text(strict_json(study), "utf-8"))
+        write_json(folder / SCALING, {"settings": corrected.settings, "budgets": result})
     return result
 
 

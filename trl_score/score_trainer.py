@@ -264,10 +264,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
                 )
             return logps
 
-        report_to, self.args.report_to = (
-            self.args.report_to,
-            [],
-        )  # TRL reports how long it took, also before a tracker is open
+        # TRL reports how long it took, also before a tracker is open.
+        report_to, self.args.report_to = self.args.report_to, []
         try:
             with self.accelerator.autocast():
                 limit = 0.05 if is_exact(self.model, self.args) else 0.5

@@ -24,7 +24,7 @@ from .collection import with_first_attempts
 from .metrics import label
 from .model_card import attempts_in, decoding_of, left_out, loaded_weights
 from .parsing import Parser
-from .records import check_folder, disconnect, strict_json
+from .records import check_folder, disconnect, write_json
 from .resuming import check_no_model, checkpoints, is_whole
 from .score_config import SCoReConfig, lacks_bfloat16
 from .score_trainer import SCoReTrainer
@@ -476,7 +476,7 @@ def show(trainer: SCoReTrainer, examples: dict[str, tuple]) -> None:
         "seed": trainer.args.seed,
         "train_seconds": total,
     }
-    Path(trainer.args.output_dir, "self_correction.json").write_text(strict_json(numbers))
+    write_json(Path(trainer.args.output_dir, "self_correction.json"), numbers)
 
 
 def held_out(log: dict) -> str:

@@ -1,6 +1,5 @@
 """What the folders of a report hold: evaluations, training runs and scaling studies, each with a name of its own."""
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,7 +134,7 @@ def read_run(folder: Path) -> Run | None:
     The training whose output folder or checkpoint this is, from the newest state in it; `None` if it has no logs yet.
     """
     states = [each for each in (folder, *checkpoints(folder)[:2]) if is_whole(each)]
-    states = [(each, json.loads((each / STATE).read_text("utf-8"))) for each in states]
+    states = [(each, read_json(each / STATE)) for each in states]
     if not states:
         return None
     where, state = max(states, key=lambda pair: len(pair[1]["log_history"]))

@@ -16,12 +16,8 @@ from .math import CORRECTION_INSTRUCTION, MathTask
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-FILES = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}  # and how `load_dataset` names their kind
+# How `load_dataset` names the kind of a file.
+FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class DatasetTask(Task):

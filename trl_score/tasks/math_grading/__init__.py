@@ -134,9 +134,8 @@ def _is_gold(answer: str, gold: str, expected: Reading, problem: str | None) -> 
             comparing.as_set(each, re.search(r"\band\b", one.latex) is None)
             for each, one in ((gold_value, expected), (value, found))
         )
-    written = elements(
-        re.sub(r"\\text\s*\{\s*or\s*\}|\bor\b", ",", found.latex)
-    )  # one answer in several: 1/2, 0.5; but not 5, 5
+    # One answer in several forms: 1/2, 0.5; but not 5, 5.
+    written = elements(re.sub(r"\\text\s*\{\s*or\s*\}|\bor\b", ",", found.latex))
     items = comparing.items_of(value) or []
     if len(items) == len(set(written)) > 1 and not comparing.items_of(gold_value):
         if all(comparing.same(gold_value, item) for item in items):

@@ -130,9 +130,8 @@ HYPOTHETICAL = re.compile(  # "it is a mistake to say the answer is 5", "if we h
 MATH_MARKS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 WRAPPED = re.compile(r"^(?:\*+|\$+|\\\(|\\\[|`+|_{2})\s*(.*?)\s*(?:\*+|\$+|\\\)|\\\]|`+|_{2})$", re.DOTALL)
 EDGES = re.compile(r"^(?:\\[,;:! ]|~|\\q?quad\b)+|(?:\\[,;:!\\ ]|~|\\q?quad)+$|(?<!\\)\\$")
-ENDS = re.compile(
-    r"""^\\?["“]|\\?["”]$|^[✅✔☑✓]\ufe0f?|\s*[✅✔☑✓🎉]\ufe0f?$|(?<![.,;:])[.,;:]$"""
-)  # quotes, and one mark at the end: "3..." continues
+# Quotes, ticks, and one mark at the end: "3..." continues.
+ENDS = re.compile(r"""^\\?["“]|\\?["”]$|^[✅✔☑✓]\ufe0f?|\s*[✅✔☑✓🎉]\ufe0f?$|(?<![.,;:])[.,;:]$""")
 
 
 def after_reasoning(text: str) -> str:
