@@ -21,10 +21,13 @@ MAX_STATEMENTS = 50  # statements of one form that are looked at, from the last
 
 # --- forms of a statement ---
 
-HOPE = re.compile(r"final answer is\b:?((?:(?!final answer is\b)[\s\S]){0,1500}?)I hope it is correct", re.IGNORECASE)
+ADVERB = r"(?: (?:therefore|thus|then|hence|simply|just|actually|still|now|again|indeed|clearly|also)\b)?"
+HOPE = re.compile(
+    rf"final answer is\b{ADVERB}:?((?:(?!final answer is\b)[\s\S]){{0,1500}}?)I hope it is correct", re.IGNORECASE
+)
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 LABEL = re.compile(
-    r"\banswers?\b(?: (?:to|for|of) [^.:=\n]{1,80}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b(?: (?:therefore|thus|then|hence|simply|just|actually|still|now|again|indeed|clearly|also)\b)?|[:=])[:*_,]*"
+    rf"\banswers?\b(?: (?:to|for|of) [^.:=\n]{{1,80}}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b{ADVERB}|[:=])[:*_,]*"
     r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|^\W{0,4}A:(?![^\n]*\n+\W{0,4}B:)|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -230,6 +233,13 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
         yield whole()
 
 
+def _without_reason(sentence: str) -> tuple[str, str]:
+    """A sentence without marks of bold and the reason that it gives, and this reason."""
+    sentence = BOLD.sub(r"\1", sentence)
+    reason = REASON.search(sentence)
+    return REASON.sub("", sentence), reason.group() if reason else ""
+
+
 def _labelled(text: str) -> Iterator[tuple[int, str]]:
     """What stands behind "the answer is", or before "is the answer", each with its place."""
     for label in _last(LABEL, text):
@@ -244,18 +254,14 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
                 continue  # several points
             lines[0] = BULLET.sub("", lines[0])
         end = None if "####" in label.group() else SENTENCE_END.search(lines[0])
-        sentence = BOLD.sub(r"\1", lines[0][: end.start()] if end else lines[0])
-        reason = REASON.search(sentence)
-        sentence = REASON.sub("", sentence)
+        sentence, reason = _without_reason(lines[0][: end.start()] if end else lines[0])
         if display := re.match(r"\s*(?:\\\[|\$\$)\s*([\s\S]{1,400}?)(?:\\\]|\$\$)", rest):
             sentence = display.group(1)
         elif all(len(MATH_MARKS.findall(each)) % 2 for each in (sentence, MONEY_SIGN.sub("", sentence))):
             continue  # cut off in a formula, and no money
         stop = label.end() + rest.index(lines[0]) + (end.start() if end else len(lines[0]))
         denied = "####" not in label.group() and (
-            _is_denied(text, label.start(), stop)
-            or _is_of_another(text, label, stop)
-            or (reason and DENIED_AFTER.match(reason.group()))
+            _is_denied(text, label.start(), stop) or _is_of_another(text, label, stop) or DENIED_AFTER.match(reason)
         )
         if (
             BOX.search(sentence)
@@ -312,10 +318,10 @@ def extract_answer(text: str) -> str | None:
     """
     text = after_reasoning(text)[-MAX_TEXT:]
     if finals := _last(HOPE, text):
-        final = finals[0].group(1)
-        if _is_denied(text, finals[0].start(), finals[0].end()):
+        final, reason = _without_reason(finals[0].group(1))
+        if _is_denied(text, finals[0].start(), finals[0].end()) or DENIED_AFTER.match(reason):
             return ""
-        box = next(_boxes(final), None)
+        box = next(_boxes(finals[0].group(1)), None)
         answer = unwrapped(box[1] if box else final)
         return answer if len(answer) <= MAX_ANSWER and re.sub(r"[\s$*.]|\\\W", "", answer) else ""
     said = None
