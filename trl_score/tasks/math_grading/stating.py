@@ -28,7 +28,7 @@ HOPE = re.compile(
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 LABEL = re.compile(
     rf"\banswers?\b(?: (?:to|for|of) [^.:=\n]{{1,80}}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b{ADVERB}|[:=])[:*_,]*"
-    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|^\W{0,4}A:(?![^\n]*\n+\W{0,4}B:)|^\W{0,4}answer\W{0,4}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
+    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|^\W{0,4}A:(?![^\n]*\n+\W{0,4}B:)|^[^\w\n]{0,8}(?:(?:the )?final )?answer[^\w\n]{0,6}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
 IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
@@ -36,7 +36,8 @@ IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(
-    r"(?<![ap]\.m)(?<!\bvs)[.!?](?=[*_\"')]*(?:\s|$))|(?<=[.!?]\$)(?=\s)|(?<=[.!?]\\\))(?=\s)", re.IGNORECASE
+    r"(?=</answer>)|(?<![ap]\.m)(?<!\bvs)[.!?](?=[*_\"')]*(?:\s|$))|(?<=[.!?]\$)(?=\s)|(?<=[.!?]\\\))(?=\s)",
+    re.IGNORECASE,
 )
 REASON = re.compile(
     r",?\s*\b(?:because|since|which|hence|therefore|instead of|rather than)\b.*|, (?:(?:and )?not|as|so|where)\b.*|\s*\(not\b[^)]*\)",
@@ -61,10 +62,13 @@ DISPLAY = re.compile(r"(?:\\\[|\$\$)((?:(?!\\\[|\$\$)[\s\S]){1,400}?)(?:\\\]|\$\
 NUMBERED = re.compile(r"\d{1,2}[.)]")  # of a list that has just begun its next point
 MONEY = re.compile(r"[-+]?\$?\d[\d,.]*\$?")
 MONEY_SIGN = re.compile(r"(?<![\\$\w])\$(?=-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![\w\\^_{$]))|(?<=\d)\$(?![\w\\$])")
-TAGGED = re.compile(r"<answer>([^<]{1,1000})</answer>", re.IGNORECASE)
+TAGGED = re.compile(r"<answer>((?:(?!</?answer>)[\s\S]){1,1000})</answer>", re.IGNORECASE)
 BULLET = re.compile(r"\s*[-*•]\s+")  # of a list, here of one point
 # Of a model whose tokenizer takes them for text.
 END_TOKENS = re.compile(r"(?:\s*(?:<\|\w+\|>|</?s>|<(?:end_of_turn|eos|pad)>))+\s*$")
+HEADING = re.compile(
+    rf"\s*\d{{1,2}}[.)]\s+[^\W\d]|(?!{DIRECT.pattern})"
+)  # with text below it: "#### 1. Add", "#### Solution"
 FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
 
 # --- parts of one answer, and alternatives to it ---
@@ -246,6 +250,8 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
         rest = text[label.end() :]
         lines = [line for line in rest.split("\n", 8)[:8] if re.search(r"\w", line)]  # here, or the next with words
         if not lines:
+            continue
+        if "####" in label.group() and len(lines) > 1 and HEADING.match(lines[0]):
             continue
         if text[text.rfind("\n", 0, label.start()) + 1 : label.end()].count("**") % 2:  # **Answer: 5** and so on
             lines[0] = lines[0].split("**")[0]
