@@ -73,8 +73,10 @@ FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
 
 # --- parts of one answer, and alternatives to it ---
 
-JOINT = re.compile(  # between two boxes of one answer: marks and "and"; or an "or" in the same sentence
-    r"(?:[\s$,;&/|]|\\quad|\\[()\[\]]|\b(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})*|[^.\n]{0,40}\bor\b[^.\n]{0,40}"
+NAME = r"\b[a-zA-Z](?:_\{?\d\}?)?\s*="
+BOX_NAME = re.compile(rf"({NAME})[\s$]*(?:\\[(\[]\s*)?$")
+JOINT = re.compile(  # between two boxes of one answer: marks, "and" and "x ="; or an "or" in the same sentence
+    rf"(?:[\s$,;&/|]|\\quad|\\[()\[\]]|{NAME}|\b(?:and|or)\b|\\text\s*\{{\s*(?:and|or)\s*\}})*|[^.\n]{{0,40}}\bor\b[^.\n]{{0,40}}"
 )
 OR_AFTER = re.compile(
     r"[\s$*)\]\\]*(?:\bor\b|\bvs\b)[^.\n]{0,40}?(?=\d|\\)([^\s.]*(?:\.\d+)?)", re.IGNORECASE
@@ -201,14 +203,17 @@ def _is_of_another(text: str, label: re.Match, stop: int) -> bool:
 def _boxes(text: str) -> Iterator[tuple[int, str]]:
     r"""
     Closed boxes from the last on, each with its place: `\boxed{..}`, `\fbox{..}` or `\boxed 5`. Boxes with nothing but a
-    comma or an "and" between them are the parts of one answer; with an "or" too, so that "3 or 4" is not the answer 4.
+    comma, an "and" or an "x =" between them are the parts of one answer; with an "or" too, so that "3 or 4" is not the answer 4.
     """
-    parts: list[str] = []
+    parts: list[tuple[str, str]] = []  # each with the "x =" before it
     begin = place = 0  # where the first of the parts begins, and the last one ends
 
     def whole() -> tuple[int, str]:
         alternative = OR_BEFORE.search(text[max(0, begin - 90) : begin])
-        return place, ", ".join(["or", *parts] if alternative else parts)
+        names = {name for name, _ in parts}
+        named = len(names) == len(parts) > 1 and "" not in names  # x = \boxed{1}, y = \boxed{2}
+        shown = [name * named + content for name, content in parts]
+        return place, ", ".join(["or", *shown] if alternative else shown)
 
     for box in _last(BOX, text):
         if text[box.end() : box.end() + 1] == "{":
@@ -229,9 +234,11 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
         if not parts:
             place = end
             if alternative := OR_AFTER.match(text, end):
-                parts = [MATH_MARKS.sub("", alternative.group(1))]
-        if content not in parts:
-            parts.insert(0, content)
+                parts = [("", MATH_MARKS.sub("", alternative.group(1)))]
+        named = BOX_NAME.search(text[max(0, box.start() - 20) : box.start()])
+        name = named[1] if named else ""
+        if not any(content == other and (not name or of in ("", name)) for of, other in parts):
+            parts.insert(0, (name, content))
         begin = box.start()
     if parts:
         yield whole()
