@@ -127,6 +127,8 @@ def _is_gold(answer: str, gold: str, expected: Reading, problem: str | None) -> 
         if names and parts and parts != list(names):  # (y, x) = (1, 2) for x = 1, y = 2
             return False
     gold_value = expected.value
+    if not sides and re.search(r"\\in(?![a-z])", expected.latex):  # 1 < x < 2 for x \in (1, 2)
+        gold_value = (comparing.chain_of(gold_value) or [gold_value])[-1]
     if comparing.is_set(gold_value) and re.search(r"\bor\b", found.latex):
         value = comparing.union_of(value)
     if comparing.is_set(gold_value) or comparing.is_set(value):

@@ -36,6 +36,7 @@ UNITS = [
     re.compile(rf"(?<=[\d}})!%.a-zA-Z]){SPACE}*\\text\s*\{{(?!\s*,?\s*(?:and|or)\s*\}})[^{{}}]*\}}{POWER}(?:\s*(?:/|\\cdot)\s*\\text\{{[^{{}}]*\}}{POWER})*{ITEM_END}"),
     re.compile(rf"(?:(?<=[\d}})%])|(?<=\\pi)){SPACE}+{UNIT}{POWER}(?:{SPACE}*(?:/|{SPACE}per{SPACE}|-|{SPACE}){SPACE}*{UNIT}{POWER})*{ITEM_END}"),
     re.compile(rf"(?<=[\d}})]){SPACE}*{SHORT}{POWER}(?:/{UNIT}{POWER})?(?![a-zA-Z]){ITEM_END}"),
+    re.compile(rf"(?<=\d){SPACE}*/{SPACE}*(?:{WORD}|\\text\s*\{{[^{{}}]*\}}){ITEM_END}"),
     re.compile(rf"{SPACE}*\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)(?:{SPACE}*(?:[CF]|\\text\s*\{{\s*[CF]\s*\}})(?![a-zA-Z]))?"),
     re.compile(r"\\?\$(?=\s*[\d.\\])"),
     re.compile(r"(?<=\d)(?:cents?|dollars|euros|degrees|inches|feet|miles|meters|hours|minutes|seconds|days|weeks|years|units|pounds|points)(?![a-zA-Z])"),
@@ -44,7 +45,10 @@ UNITS = [
 # --- spellings ---
 
 RANGE = re.compile(r"\$?\s*\d[\d.,]*\s*[–~]\s*\$?\s*\d[\d.,]*")
-COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+COUNTS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen twenty"
+).split()
 MULTIPLIERS = {
     "dozen": "12",
     "score": "20",
@@ -76,6 +80,7 @@ def _percent(match: re.Match) -> str:
 
 
 REWRITES = [
+    (re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|ex|em|mm|cm)\s*\]"), r"\\\\"),  # of a matrix
     (re.compile(r"\\(?:text|mathrm)\s*\{\s*\\?\$\s*\}"), ""),
     (re.compile(r"\\degree(?![a-zA-Z])"), r"^\\circ "),
     (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
@@ -147,7 +152,7 @@ REWRITES = [
 ]  # fmt: skip
 LEAD = re.compile(
     r"^(?:the answer|answer|it|that|this|which|there|is|are|equal to|equals?|exactly|only|just|simply|about|around|approximately|roughly"
-    r"|a total of|both|\\approx|:|\\text\s*\{\s*(?:Rs\.?|(?:the )?(?:final )?answer(?: is)?\s*[:=]?)\s*\}|Rs\.?|(?:US|USD)(?=\s*\\?\$?\s*\d))(?![a-zA-Z])\s*",
+    r"|a total of|both|\\approx|[:=]|\\text\s*\{\s*(?:Rs\.?|(?:the )?(?:final )?answer(?: is)?\s*[:=]?)\s*\}|Rs\.?|(?:US|USD)(?=\s*\\?\$?\s*\d))(?![a-zA-Z])\s*",
     re.IGNORECASE,
 )
 
@@ -194,6 +199,7 @@ def plain(answer: str) -> str:
     """Without the marks of text: names are compared by letter."""
     answer = re.sub(r"(?<=\d)\\[,; ](?=\d)(?!\d{3}(?!\d))", " ", answer)  # 3\,4 is no 34
     answer = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;! ]", "", TEXT.sub(r"\1", answer).replace("~", " "))
+    answer = re.sub(r"^\s*(?:an?|the)\s+(?!and\b)(?=[a-z]{3})", "", answer, flags=re.IGNORECASE)
     answer = re.sub(r"(?<=[a-zA-Z)])\s*(?:,|,?\s\band\b)\s*", ",", answer)
     answer = re.sub(r"(?<=[a-zA-Z])\{(\w)\}", r" \1", answer)  # \mathbb{Z} and \mathbb Z
     answer = " ".join(re.sub(r"\{(\w)\}", r"\1", answer).split())

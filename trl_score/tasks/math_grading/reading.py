@@ -45,7 +45,7 @@ HEDGE = r"vs|versus|not|nor|but|except|maybe|perhaps|possibly|probably|xor|then|
 RELATION = (  # to a number, which is not that number
     r"less|greater|fewer|larger|smaller|bigger|higher|lower|below|above|least|most|half|halves|thirds|quarters?|fourths|fifths"
     r"|tenths|hundredths|thousandths|twice|double|triple|thrice|times|almost|nearly|close|near|between|than|multiple|squared|cubed|factorial|reciprocal"
-    r"|opposite|negative|minus|plus|root|square root|logarithm|power|remainder|modulo|divided|divides|through|point|approaches|beyond"
+    r"|opposite|negative|minus|plus|root|square root|logarithm|power|remainder|modulo|divided|divides|through|point|approaches|beyond|exceeds?"
     r"|or (?:more|less|fewer|so|greater|under|over)|digits? of|up to|at most|at least|unknown|undetermined"
 )
 REFUSED = re.compile(rf"(?<![\\a-zA-Z])(?:{HEDGE}|{RELATION})(?![a-zA-Z])", re.IGNORECASE)
@@ -74,7 +74,7 @@ UNREADABLE = [  # read in part, or as a product
 PROSE = re.compile(
     r"(?<![\\a-zA-Z{_])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|[\d}})]\s+(?:vs\b|[a-zA-Z]{3,})|(?<![\\a-zA-Z{_])(?!\bdx\b)[a-zA-Z]{4,}"
 )
-SAYS = r"(?:[a-z]+(?:s|ve|ed)|\w*be|cost|need|make|spend|pay|get|earn|answer|to|of|:|=|\\approx)"
+SAYS = r"(?:(?:will|would|can|could|must|should|to) [a-z]+|[a-z]+(?:s|ve|ed)|\w*be|cost|need|make|spend|pay|get|earn|answer|to|of|:|=|\\approx)"
 NAMED = re.compile(  # a sentence that names one number: "Each of them needs 101 stamps"
     rf"(?:[^\d\\{{}}=]*(?:\b{SAYS}|^)\s*)?(?:\\?\$\s*)?(?P<item>-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\\frac\{{\d+\}}\{{\d+\}})"
     r"(?P<after>(?:\s*(?:\\%|%))?(?:[\s-]+[a-zA-Z'/]+){0,6})",
@@ -84,7 +84,7 @@ NAMED = re.compile(  # a sentence that names one number: "Each of them needs 101
 LEFT_SIDE = re.compile(  # names that math-verify does not read
     r"^(?:\\text\s*\{[^{}\d]+\}|[a-zA-Z]\s*\^\s*\{\s*-\s*1\s*\}\s*\([^()=]*\)|[A-Za-z]{3,}(?: [a-z]+)*|m?\s*\\angle\s*[A-Z]{1,3}|[PEn]\s*\([^()=]*\)|\|[A-Z]{2}\|"
     r"|\\(?:det|dim|deg|gcd|lim|max|min|sup|inf)(?![a-zA-Z])[^=]*|\\(?:text|operatorname)\s*\{[^{}\d]+\}\s*\([^()=]*\)|\\\|[^=|]+\\\||[A-Z]\s*\^\s*\{\s*-\s*1\s*\}"
-    r"|\\frac\s*\{\s*d\s*[a-z]\s*\}\s*\{\s*d\s*[a-z]\s*\}|[a-zA-Z]\s*_\s*(?:\\(?:min|max)|\{\s*\\(?:min|max|(?:text|operatorname)\s*\{[^{}\d]+\})\s*\}))\s*=\s*(?=[^=]+$)"
+    r"|\\frac\s*\{\s*d\s*[a-z]\s*\}\s*\{\s*d\s*[a-z]\s*\}|[a-zA-Z]\s*_\s*(?:\\(?:min|max)|\{\s*\\(?:min|max|(?:text|operatorname)\s*\{[^{}\d]+\})\s*\}))\s*=\s*"
 )
 BASE = re.compile(
     r"(?<=\d)\s*(?:\}\s*)?_\s*\{?\s*(?:\\text\s*\{\s*)?(?:base\s*\}?\s*)?(\w+)\s*\}?\s*\}?\s*$|(?<=\d)\s*\(?\s*(?:in )?base\s+(\w+)\s*\)?$"
