@@ -8,7 +8,6 @@ other pieces lend it the imports and helpers that it needs. docs/tasks.md has th
 import builtins
 import re
 from collections import defaultdict
-from itertools import pairwise
 from typing import NamedTuple
 
 from .math_grading import after_reasoning
@@ -27,7 +26,9 @@ NO_SPACES = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))
 # --- the statements of a piece of code ---
 
 KEYWORDS = r"(?:and|or|not|in|is|if|else|for|lambda|await|as)\b"
-NO_PROSE = rf"(?!.*\b(?!{KEYWORDS})[A-Za-z_]\w*[ ]+(?!{KEYWORDS})[A-Za-z])"  # no two words side by side
+NO_PROSE = (
+    rf"(?!.*\b(?!{KEYWORDS}|(?:return|raise)\b)[A-Za-z_]\w*[ ]+(?!{KEYWORDS})[A-Za-z])"  # two words side by side
+)
 MODULES = r"[\w.]+(?:\s+as\s+\w+)?"
 TARGET = r"[A-Za-z_][\w.]*(?:\[[^\]=\n]*\])*"
 # A line that can start a statement at the top level.
@@ -42,6 +43,8 @@ CLAUSE = re.compile(  # continues a statement
     r"[)\]}]|(?:else|finally)\s*:|(?:elif|except)\b.*:|case\s.*:"
 )
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\s+(\w+)")
+STUB = re.compile(r"""(?:[rRuU]?["']|\.\.\.|pass\b|raise NotImplementedError\b.*)\s*""")  # says what is to be written
+HEADER = re.compile(rf"class\b.*:\s*$|(?!class\b).*:\s*(?:{STUB.pattern})?$")  # no body, or none yet
 IMPORT = re.compile(r"(from\s+[\w.]+\s+)?import\b(.*)")
 FUTURE = re.compile(r"\s*from\s+__future__\s+import\b")
 HEAD = re.compile(r"(?:if|elif|else|try|except|finally|for|while|with)\b[^:]*:\s*")
@@ -105,14 +108,16 @@ def _bound(code: str) -> dict[str, int]:
     """Names that a program binds at its top level, also in an `if` or `try` there, with the kind of what they are bound to."""
     bound = defaultdict(int)
     lines = [mask for _, mask in _lines(code) if mask.strip()]
-    inside = None  # how far the function or class is indented in which a line stands
-    for mask, after in pairwise([*lines, ""]):
+    inside = within = None  # how far the function or class is indented in which a line stands, and its definition
+    for mask in lines:
         if inside is not None and _indent(mask) > inside:
+            if within[0].startswith("class") or not STUB.fullmatch(mask.strip()):
+                bound[within[1]] = CALLABLE
             continue
         inside = None
         if found := DEFINITION.match(mask.lstrip()):
-            inside = _indent(mask)
-            if not mask.rstrip().endswith(":") or _indent(after) > inside:  # else a header alone
+            inside, within = _indent(mask), found
+            if not HEADER.match(mask.lstrip()):
                 bound[found[1]] = CALLABLE
             continue
         head = HEAD.match(mask.strip())
