@@ -163,6 +163,9 @@ def test_gold_answers_of_a_dataset_are_in_the_form_that_the_grader_reads():
     task = DatasetTask("d")
     assert task.gold(rows) == ["\\boxed{72}", "\\boxed{3}"]
     assert task.reward(task.gold(rows), solution=rows["solution"]) == [1.0, 1.0]
+    rows = Dataset.from_dict({"solution": ["3 + 4 = <<3+4=7>>7\n#### 7", "18 dollars", "It is 7", "So $\\boxed{4}$"]})
+    assert task.gold(rows) == ["\\boxed{7}", "\\boxed{18}", "\\boxed{7}", "So $\\boxed{4}$"]
+    assert task.reward(task.gold(rows), solution=rows["solution"]) == [1.0] * 4
 
 
 @pytest.mark.parametrize("column", ["answer", "solution"])
@@ -172,6 +175,8 @@ def test_gold_answers_of_a_dataset_are_in_the_form_that_the_grader_reads():
         (["2\\sqrt{3}", "3\\pi"], ["The answer is $\\boxed{2\\sqrt{3}}$.", "So $\\boxed{3\\pi}$"], [1.0, 1.0]),
         (["2\\sqrt{3}", "3\\pi"], ["The answer is $\\boxed{2}$.", "So $\\boxed{3}$"], [0.0, 0.0]),
         ([5, 7], ["$\\boxed{5}$", "$\\boxed{8}$"], [1.0, 0.0]),
+        (["5 million", "$3 = 3.00$\n#### 4 pens"], ["$\\boxed{5000000}$", "$\\boxed{4}$"], [1.0, 1.0]),
+        (["5 million", "50% is 7.\n#### 8"], ["$\\boxed{5}$", "$\\boxed{7}$"], [0.0, 0.0]),
         (["18 dollars", "\\$18.50"], ["$\\boxed{18}$", "$\\boxed{18.5}$"], [1.0, 1.0]),
         (["$\\frac{1}{2}$", "So it is $\\boxed{4}$"], ["$\\boxed{0.5}$", "$\\boxed{4}$"], [1.0, 1.0]),
     ],

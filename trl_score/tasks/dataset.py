@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..worker_pool import CAN_SEND_DESCRIPTORS
 from .base import Task, first_line
 from .math import CORRECTION_INSTRUCTION, MathTask
+from .math_grading.reading import read
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
@@ -159,8 +160,8 @@ class DatasetTask(Task):
         """The column `solution` in a box, for the rewards that read mathematics; see [`Task.gold`]."""
         if "solution" not in rows.column_names or not self.reads_mathematics:
             return [None] * len(rows)
-        texts = map(str, rows["solution"])
-        return [each if "\\boxed" in each else f"\\boxed{{{each.strip().strip('$')}}}" for each in texts]
+        texts = [re.sub(r"^\$(\\boxed\{[^$]*\})\$$", r"\1", _mathematics(answer) or "") for answer in rows["solution"]]
+        return [each if "\\boxed" in each else f"\\boxed{{{each.strip('$')}}}" for each in texts]
 
 
 @cache
@@ -179,11 +180,15 @@ def _mathematics(answer: object) -> str | None:
     r"""An answer as TRL's rewards read it: they find no LaTeX outside of dollars, and take the 2 of `2\sqrt{3}` for the answer."""
     if answer is None:
         return None
-    text = str(answer).strip()
-    is_text = re.search(
-        r"(?<!\\)\$|\\boxed|####|\n|(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|^-?[\d.,]+\s+[a-zA-Z]{3,}$", text
-    )
-    return text if is_text else f"$\\boxed{{{text}}}$"
+    text = str(answer).rsplit("####", 1)[-1].strip()  # of GSM8K
+    if re.search(r"(?<!\\)\$|\\boxed|\n", text):
+        return text
+    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|^-?[\d.,]+\s+[a-zA-Z]{3,}$", text):
+        reading = read(text, parse=False)
+        if reading.refused:
+            return text
+        text = reading.latex  # of 18 dollars, 5 million, "It is 7"
+    return f"$\\boxed{{{text}}}$"
 
 
 def reward_function(name: str) -> Callable:
