@@ -116,6 +116,9 @@ def grader():
         ("**Answer: 72** This is correct.", "72"),
         ("**The answer is 72**, as 24 + 48 is 72.", "72"),
         ("The answer is 72, as required.", "72"),
+        ("I confirm that the answer is 72.", "72"),
+        ("The answer is 72, confirming the solution above.", "72"),
+        ("The final answer is $72$, and the solution above is correct. I hope it is correct.", "72"),
         ("The answers are $7$ and $2$.", "$7$ and $2$"),
         (r"The sum is \boxed{0}. For the solutions are $1,-1$.", "0"),
         (r"\boxed{165}. This answer equals $\binom{11}{3}.$ Is this a coincidence?", r"\binom{11}{3}"),
@@ -233,12 +236,13 @@ NOTHING_STATED = [
 RETRACTED = [  # by what follows
     "That's wrong.", "Wait, that's incorrect.", "\n\nHmm, that's not right. Let me redo it.", "No, this is not correct.", "However, this is wrong.",
     "Oops, that isn't correct.", "This can't be right.", "That cannot be correct.", "This doesn't seem right.", "But that does not work.",
-    "This answer is incorrect.", "This is not the correct answer.", "This is the wrong answer.", "Wait, I made a mistake.", "(This is wrong.)", "❌",
+    "This answer is incorrect.", "This is not the correct answer.", "This is the wrong answer.", "Wait, it should be 41.", "No, actually, this must be $41$.", "Wait, I made a mistake.", "(This is wrong.)", "❌",
 ]  # fmt: skip
 KEPT = [
     "This is correct.", "This is not wrong.", "It is wrong to say 41.", "This is incorrect only if n = 0.", "It is impossible for n to be larger.",
     "It is not possible to do better.", "The previous answer was wrong.", "But the first solution is incorrect.", "Note that 41 is wrong.",
     "Wait, I made a mistake in the previous attempt, not here.", "No other value works.", "This is not 41.", "It cannot be true that n > 42.",
+    "Actually, it should be noted that 41 is odd.", "It should be 42 for all n.",
 ]  # fmt: skip
 
 
@@ -305,7 +309,7 @@ WITHHELD = {  # the gold answer in other forms
     "numbers": [("2.5", ["2½", "2 1/2", r"2\frac12", "5/2"]), ("1234567", ["1 234 567", r"1,\!234,567"]), ("7", [r"\text{7}", r"\mathbf{7}", "7.0", r"7\,"])],
     "lists": [("1,2", ["2 and 1", r"\{2,1\}", "x=1 or x=2"]), (r"\frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}", [r"\frac{1\pm\sqrt5}{2}"]), (r"\text{A,C}", ["A and C"]), ("2:3", ["2 to 3"])],
     "other spellings": [("120", [r"120\degree"]), ("12.5", [r"\text{\$}12.50", r"12\frac12\%", "12 1/2%"]), ("500", ["₹500"]), ("1:2", [r"1\colon 2", r"1 \text{ to } 2"]), ("10", [r"{5 \choose 2}"]),
-                        ("42", [r"\bf 42", r"{\bf 42}", r"\large 42"]), (r"33\frac13", [r"33\frac{1}{3}\%"]), ("5", [r"5\text{ N}\cdot\text{m}", r"5 \text{ kg}\cdot\text{m}^2/\text{s}"])],
+                        ("42", [r"\bf 42", r"{\bf 42}", r"\large 42"]), (r"33\frac13", [r"33\frac{1}{3}\%"]), ("7", [r"\textcolor{red}{7}", r"\color{blue} 7", r"\underline{7}"]), ("5", [r"5\text{ N}\cdot\text{m}", r"5 \text{ kg}\cdot\text{m}^2/\text{s}"])],
     "two forms of one answer": [(r"\frac12", [r"\frac{1}{2}$ or $0.5", r"\frac{1}{2} \text{ or } 0.5", r"\frac12$ or $50\%"])],
     "marks inside of an answer": [(r"5:30 \text{ p.m.}", ["5:30$ pm$"]), ("5", [r"\mathbf{x = 5}"]), (r"(-\infty,\infty)", [r"\text{All real numbers}"])],
     "spaces and braces in text": [(r"\mathbb{Z}_2", [r"\mathbb Z_2", r"\mathbb{Z}_{2}"]), (r"\text{June 20}", [r"\text{June } 20"])],

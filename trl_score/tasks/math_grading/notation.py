@@ -94,6 +94,7 @@ REWRITES = [
     (re.compile(r"\\(sqrt|[dtc]?frac)\s*(\\(?:pi|theta|alpha|beta))(?![a-zA-Z])"), r"\\\1{\2}"),
     (re.compile(r"(?<=\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})|^-?\d{1,3}(?:,\d{3})+(?=\s*\\(?:pi|sqrt))"), lambda m: m.group().replace(",", "")),
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+"), lambda power: f"^{{{power.group().translate(SUPERSCRIPTS)}}}"),
+    (re.compile(r"\\(?:text)?color\s*\{\w+\}|\\underline(?![a-zA-Z])"), ""),
     (re.compile(r"\\mathbf(?=\s*\{[^{}]*=)|\\(?:bold(?:symbol)?|bm|pmb|displaystyle|limits|bf|rm|it|large|Large|huge|phantom)(?![a-zA-Z])|\\[mb]?(?:left|right)(?=\s*[.])\s*\."), " "),
     (re.compile(r"\\(?:left|right|[bB]ig+[lr]?)(?![a-zA-Z])\s*"), ""),
     (re.compile(rf"\\(?:math(?:rm|it)|text|operatorname)\s*\{{\s*({FUNCTIONS})\s*\}}"), r"\\\1 "),

@@ -40,12 +40,12 @@ SENTENCE_END = re.compile(
     re.IGNORECASE,
 )
 REASON = re.compile(
-    r",?\s*\b(?:because|since|which|hence|therefore|instead of|rather than)\b.*|, (?:(?:and )?not|as|so|where)\b.*|\s*\(not\b[^)]*\)",
+    r",?\s*\b(?:because|since|which|hence|therefore|instead of|rather than)\b.*|, (?:(?:and )?not|as|so|where|confirming|matching|and the (?:solution|previous|original|earlier|above))\b.*|\s*\(not\b[^)]*\)",
     re.IGNORECASE | re.DOTALL,
 )
 BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)(?<=\S)\*\*(?![\w(*])")  # no power
 CHECKED = re.compile(
-    r"\b(?:verify|check|confirm)(?:ing)? (?:\w+ ){0,2}$", re.IGNORECASE
+    r"\b(?:verify|check|confirm)(?:ing)? (?!that\b)(?:\w+ ){0,2}$", re.IGNORECASE
 )  # "let us check our answer: .."
 DIRECT = re.compile(  # begins with a number, a formula or a letter: "5 cm", not "clear, since 3 + 4 = 7"
     r"[\W_]*(?:(?:about|approximately|exactly|only|just|simply|either|both|equal to)\s+)?[\W_]*"
@@ -106,7 +106,8 @@ DENIED_AFTER = re.compile(
     rf"|(?:{SO_SAYS}\s+)?does(?:n['’]t| not) (?:work|make sense|(?:seem|look|sound|feel)(?: \w+){{0,3}}? (?:right|correct))\b"
     r"|(?<=\()(?:wrong|incorrect|(?:not|no)(?=\)| (?:right|correct|the answer)))\b|(?<=[–—-] )(?:wrong|incorrect)\b|[❌✗✘]"
     r"|\?\s*(?:no|wrong)\b)|[\s$*)\]\\.,…–—-]*\b(?:wait|hm+|no|oops|actually|hold on)\b[\s,.!…–—-]*"
-    r"I(?:['’]ve| have)? (?:just )?made (?:a|an)(?: \w+)? (?:mistake|error)\b(?![^.\n]*\b(?:previous|earlier|first|original|initial|above|before)\b)",
+    r"(?:I(?:['’]ve| have)? (?:just )?made (?:a|an)(?: \w+)? (?:mistake|error)\b(?![^.\n]*\b(?:previous|earlier|first|original|initial|above|before)\b)"
+    r"|(?:actually,? )?(?:it|this|that) (?:should|must)(?: actually)? (?:be|have been) (?=[$\\*\d-]))",
     re.IGNORECASE,
 )
 
