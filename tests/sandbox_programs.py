@@ -391,6 +391,42 @@ s[0]=3
 assert s==[3,7] and s and sorted(s)==[3,7]
 """,
     ),
+    "a subclass of list with an operator": (
+        """\
+class Ring(list):
+    def __getitem__(self,i): return super().__getitem__(i % len(self))
+    def __repr__(self): return 'Ring'
+""",
+        """\
+r=Ring([1,2,3]); r.append(4)
+assert r[5]==2 and r==[1,2,3,4] and len(r)==4 and r and not Ring() and repr(r)=='Ring' and sorted(r)==[1,2,3,4]
+""",
+    ),
+    "a subclass of dict with attributes": (
+        """\
+class Record(dict):
+    def __getattr__(self,name): return self[name]
+    def __setattr__(self,name,value): self[name]=value
+    def __missing__(self,key): return key*2
+""",
+        """\
+r=Record(a=1)
+r.b=5
+assert r.a==1 and r['b']==5 and r=={'a':1,'b':5} and r['x']=='xx'
+""",
+    ),
+    "a subclass of Counter": (
+        """\
+from collections import Counter
+class Bag(Counter):
+    def __init__(self,*items): super().__init__(items)
+""",
+        "assert Bag(1,1,2)[1]==2 and Bag(1)[7]==0 and Bag(1,2)=={1:1,2:1} and Bag(3,3).most_common(1)==[(3,2)]",
+    ),
+    "a subclass of float with a text": (
+        "class Dollars(float):\n    def __str__(self): return f'${float(self):.2f}'",
+        "assert str(Dollars(2))=='$2.00' and Dollars(2)==2 and Dollars(2)+1==3",
+    ),
     "a subclass of str": (
         """\
 class S(str):

@@ -439,6 +439,21 @@ UNSUPPORTED = {
         "assert A(1) + 1 == 7",
         "`__add__` of `A`",
     ),
+    "sums of a subclass of int with nothing else": (
+        "class A(int):\n    def __add__(self, o): return 7",
+        "assert A(1) + 1 == 7",
+        "`__add__` of `A`",
+    ),
+    "sums of a subclass of list": (
+        "class A(list):\n    def __add__(self, o): return A(a + b for a, b in zip(self, o))",
+        "assert A([1, 2]) + A([1, 1]) == [2, 3]",
+        "`__add__` of `A`",
+    ),
+    "equality of a subclass of a subclass of str": (
+        "class A(str):\n    def __eq__(self, o): return self.lower() == o.lower()\nclass B(A): pass",
+        "assert B('A') == 'a'",
+        "`__eq__` of `B`",
+    ),
     "a changed argument": ("def f(x): x.sort()", "x = [2, 1]\nf(x)\nassert x == [1, 2]", "mutable_arguments"),
     "pickle": ("class A: pass", "import pickle\npickle.dumps(A())", "pickle"),
     "a name of nobody's": ("def f(x): return x", "assert g(f(1)) == 1", "use `g`"),

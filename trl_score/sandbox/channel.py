@@ -81,6 +81,8 @@ MADE = {  # rebuilt on the program's side with what they were made from: no roun
     kind.__name__: kind
     for kind in (operator.itemgetter, operator.attrgetter, operator.methodcaller, functools.partial)
 }
+COLLECTIONS = (collections.Counter, collections.OrderedDict, collections.defaultdict)
+OF_ATTRIBUTES = frozenset("__getattr__ __getattribute__ __setattr__ __delattr__ __missing__".split())
 MODULES = frozenset(
     "bisect calendar cmath collections copy datetime decimal fractions functools hashlib heapq itertools json math "
     "numbers operator random re statistics string textwrap time typing".split()
@@ -341,11 +343,14 @@ class Peer:
         """Whether a class has methods or fields of its own, so that more of it matters than the items of its base."""
         if issubclass(kind, tuple) and (hasattr(kind, "_fields") or hasattr(kind, "n_fields")):
             return True
-        return kind.__module__ == self.own_module and any(
-            not name.startswith("_")
-            for base in kind.__mro__
-            if base.__module__ == self.own_module
-            for name in vars(base)
+        return kind.__module__ == self.own_module and (
+            issubclass(kind, COLLECTIONS)
+            or any(
+                not name.startswith("_") or name in remote.SPECIAL or name in OF_ATTRIBUTES
+                for base in kind.__mro__
+                if base.__module__ == self.own_module
+                for name in vars(base)
+            )
         )
 
     def pack_class(self, kind: type):
@@ -362,9 +367,7 @@ class Peer:
             return {"class": [index]}
         self.described.add(index)
         own = kind.__module__ == self.own_module
-        members = (
-            [name for name in vars(kind) if name == "__init__" or not (name[:2] == name[-2:] == "__")] if own else []
-        )
+        members = [*vars(kind)] if own else []
         known = id(kind) in NAME_OF_BUILTIN or (issubclass(kind, Exception) and self._is_standard(kind))
         bases = [kind] if known and issubclass(kind, BaseException) else kind.__bases__
         bases = [{"container": None} if base in remote.CONTAINERS else self.pack_class(base) for base in bases]
@@ -477,14 +480,14 @@ class Peer:
         kind = self.unpack(kind)
         if not isinstance(kind, RemoteClass):
             raise ValueError("an object without a class")
-        if issubclass(kind, remote.VALUES):
-            base = next(base for base in remote.VALUES if issubclass(kind, base))
+        base = next((base for base in remote.VALUES if issubclass(kind, base)), None)
+        for each in kind.__mro__:
+            if ignored := vars(each).get("_trl_ignored"):
+                name = f"`{base.__name__}`" if base else "a builtin collection"
+                self.doubt(f"`{ignored}` of `{kind.__name__}`: a subclass of {name} counts as its base")
+        if base is not None:
             if type(value) is not base:
                 raise ValueError("a value of another type")
-            if kind.__dict__.get("_trl_ignored"):
-                self.doubt(
-                    f"`{kind.__dict__['_trl_ignored']}` of `{kind.__name__}`: a subclass of `{base.__name__}` counts as its base"
-                )
             thing = base.__new__(kind, value)
         elif issubclass(kind, BaseException):
             thing = _exception(kind, self.unpack(arguments))

@@ -327,6 +327,9 @@ class Container(Remote):
     def __len__(self):
         return len(items(self))
 
+    def __bool__(self):
+        return bool(items(self))
+
     def __iter__(self):
         return iter(items(self))
 
@@ -360,7 +363,8 @@ for _name in ("add", "sub", "mul", "and", "xor", "or"):
     for _prefix in ("", "r"):
         _operation = getattr(operator, {"and": "and_", "or": "or_"}.get(_name, _name))
         type.__setattr__(Container, f"__{_prefix}{_name}__", _on_items(_operation, _prefix == "r"))
-for _name in ("__getitem__", "__setitem__", "__delitem__", "__iadd__", "__imul__", "__ior__"):
+ASKED_OF_CONTAINERS = {"__getitem__", "__setitem__", "__delitem__", "__iadd__", "__imul__", "__ior__"}
+for _name in ASKED_OF_CONTAINERS:
     type.__setattr__(Container, _name, SPECIAL[_name])
 for _name in ("lt", "le", "gt", "ge"):
     type.__setattr__(Container, f"__{_name}__", _on_items(getattr(operator, _name), False))
@@ -399,7 +403,9 @@ def make_class(peer, index: int, name: str, module: str, bases: list, specials: 
             if members and special not in ("__hash__", "__reduce_ex__"):
                 namespace.setdefault("_trl_ignored", special)
             continue
-        if is_container and special in OF_CONTAINERS:
+        if is_container and special in OF_CONTAINERS - ASKED_OF_CONTAINERS:
+            if members and not taken_away:
+                namespace.setdefault("_trl_ignored", special)
             continue
         namespace[special] = None if taken_away else SPECIAL[special]
     if real in REAL:
