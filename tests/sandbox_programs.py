@@ -427,6 +427,20 @@ class Bag(Counter):
         "class Dollars(float):\n    def __str__(self): return f'${float(self):.2f}'",
         "assert str(Dollars(2))=='$2.00' and Dollars(2)==2 and Dollars(2)+1==3",
     ),
+    "exit and quit": (
+        """\
+def f(x):
+    if x<0: exit(1)
+    if x>9: quit()
+    return x
+""",
+        """\
+assert f(3)==3
+for x,code in (-1,1),(10,None):
+    try: f(x); raise ValueError
+    except SystemExit as e: assert e.code==code
+""",
+    ),
     "a subclass of str": (
         """\
 class S(str):

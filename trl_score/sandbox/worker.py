@@ -25,6 +25,7 @@ import random
 import re
 import select
 import signal
+import site
 import socket
 import struct
 import sys
@@ -104,6 +105,7 @@ def plain_interpreter(paths: list[str]) -> None:
     sys.argv[:] = [""]
     os.environ.clear()
     platform._uname_cache = None  # it has the host's name
+    site.setquit()  # `exit` and `quit`, which `-S` leaves out
     sys.setrecursionlimit(sys.getrecursionlimit() + OUR_FRAMES)
     random.seed(0)  # the same verdict every time
     gc.collect()
