@@ -232,6 +232,32 @@ def test_columns_that_cannot_work_are_refused(make_arithmetic_trainer, column, v
     refused(ValueError, match, make_arithmetic_trainer, {"train_dataset": rows})
 
 
+def missing_column(completions, solution, **kwargs): ...
+
+
+def fixed_signature(completions, answer): ...
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "match"),
+    [
+        (missing_column, {}, "'missing_column' cannot be called for `train_dataset`: missing a required argument: 'solution'"),
+        ([fixed_signature], {}, r"'fixed_signature' .*got an unexpected keyword argument .*end its signature with `\*\*kwargs`"),
+        (Arithmetic().reward, {"remove_unused_columns": True}, "missing a required argument: 'answer'"),
+    ],
+)  # fmt: skip
+def test_reward_functions_that_cannot_be_called_are_refused(make_arithmetic_trainer, reward, options, match):
+    """The first two are called with columns that they do not expect, or without those that they do."""
+    refused(ValueError, match, make_arithmetic_trainer, {"reward_funcs": reward}, **options)
+
+
+def test_reward_functions_are_checked_with_the_columns_of_each_dataset(make_arithmetic_trainer):
+    held_out = {"a": Arithmetic().load("test"), "b": Arithmetic().load("test").remove_columns("answer")}
+    match = r"cannot be called for `eval_dataset\['b'\]`: missing a required argument: 'answer'"
+    refused(ValueError, match, make_arithmetic_trainer, {"eval_dataset": held_out})
+    refused(TypeError, "`reward_funcs` has a `tuple`", make_arithmetic_trainer, {"reward_funcs": (print,)})
+
+
 def test_chat_messages_without_a_chat_template_are_refused(make_arithmetic_trainer):
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
     tokenizer.chat_template = None

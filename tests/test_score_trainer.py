@@ -269,6 +269,17 @@ def test_reward_functions_see_one_attempt_at_a_time(make_arithmetic_trainer):
         assert answer[0] == trainer.train_dataset[0]["answer"]
 
 
+def test_a_reward_function_with_trls_keywords_alone_is_called_without_attempt(make_arithmetic_trainer):
+    calls = []
+
+    def reward(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric):
+        calls.append(len(completions))
+        return [1.0] * len(completions)
+
+    rollouts(make_arithmetic_trainer({"reward_funcs": reward}))
+    assert calls == [8, 8]
+
+
 def test_several_rewards_async_ones_and_a_reward_model_work_together(make_arithmetic_trainer, tmp_path):
     task = Arithmetic()
     config = LlamaConfig.from_pretrained(BASE_MODEL_PATH, num_labels=1)

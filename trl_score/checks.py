@@ -15,8 +15,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
+from trl.trainer.utils import get_callable_name
 
 from .objective import Stage, resolve_stage1_steps
+from .reward_errors import signature_of, takes_attempt
 from .score_config import SCoReConfig
 
 
@@ -112,6 +114,34 @@ def check_prompts(name: str, dataset: Dataset):
                 f"{name} has no problem in row {index}, where `prompt` is {prompt!r}. Write one, or drop the row with "
                 "`dataset.filter`."
             )
+
+
+def check_reward_functions(reward_funcs, train_dataset, eval_dataset, args: SCoReConfig):
+    """Every reward function can be called as TRL calls it, with the columns of each dataset."""
+    for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if isinstance(func, str | nn.Module):
+            continue
+        if not callable(func):
+            raise TypeError(
+                f"`reward_funcs` has a `{type(func).__name__}`, which is neither a function nor a reward model. Pass a function, or a list "
+                "of functions."
+            )
+        if (signature := signature_of(func)) is None:
+            continue
+        for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+            columns = next(iter(dataset)).keys() - {"prompt", "completion", "completion_ids"}  # as TRL
+            if args.remove_unused_columns:
+                columns &= {"correction_instruction", "first_attempts"}
+            keywords = KEYWORDS.keys() | {"completion_ids"} | columns
+            if not takes_attempt(func):
+                keywords -= {"attempt"}
+            try:
+                signature.bind(**dict.fromkeys(keywords))
+            except TypeError as error:
+                raise ValueError(
+                    f"The reward function '{get_callable_name(func)}' cannot be called for `{name}`: {error}. It is called with the "
+                    f"keywords {', '.join(sorted(keywords))}. Name the ones that it reads, and end its signature with `**kwargs`."
+                ) from error
 
 
 def in_one_shard(dataset: IterableDataset) -> IterableDataset:

@@ -1,5 +1,6 @@
 """An error in a reward function names the function, the attempt and the row."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -21,8 +22,8 @@ def unique_names(names: list[str]) -> list[str]:
 
 def graded(func: Callable, name: str, attempt: int) -> Callable:
     """
-    Wrap a reward function for one attempt: it gets the keyword `attempt`, and an error in it names the function, the attempt and
-    the row. The row is read from the traceback, and confirmed by one more call with this row alone. No other row is graded
+    Wrap a reward function for one attempt: it gets the keyword `attempt` if it takes it, and an error in it names the function, the
+    attempt and the row. The row is read from the traceback, and confirmed by one more call with this row alone. No other row is graded
     again, as a grader can be slow or paid.
 
     Args:
@@ -38,10 +39,11 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
         return one reward per completion.
     """
 
+    more = {"attempt": attempt} if takes_attempt(func) else {}
     if is_async_callable(func):
 
         async def call(**kwargs):
-            kwargs["attempt"] = attempt
+            kwargs |= more
             try:
                 rewards = await func(**kwargs)
             except Exception as error:
@@ -52,13 +54,13 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
                         row = None
                     except Exception:
                         pass
-                raise _failure(error, name, row, kwargs) from error
+                raise _failure(error, name, row, kwargs, attempt) from error
             return checked(rewards, name, len(kwargs["completions"]), attempt, kwargs.get("prompts"))
 
     else:
 
         def call(**kwargs):
-            kwargs["attempt"] = attempt
+            kwargs |= more
             try:
                 rewards = func(**kwargs)
             except Exception as error:
@@ -69,10 +71,25 @@ def graded(func: Callable, name: str, attempt: int) -> Callable:
                         row = None
                     except Exception:
                         pass
-                raise _failure(error, name, row, kwargs) from error
+                raise _failure(error, name, row, kwargs, attempt) from error
             return checked(rewards, name, len(kwargs["completions"]), attempt, kwargs.get("prompts"))
 
     return call
+
+
+def signature_of(func: Callable) -> inspect.Signature | None:
+    """What a reward function can be called with; `None` where that cannot be told. A wrapper is called by its own signature."""
+    try:
+        return inspect.signature(func, follow_wrapped=False)
+    except (TypeError, ValueError):  # of a builtin
+        return None
+
+
+def takes_attempt(func: Callable) -> bool:
+    """Whether a reward function can be given the keyword `attempt`, which TRL does not have."""
+    signature = signature_of(func)
+    parameters = () if signature is None else signature.parameters.values()
+    return signature is None or any(each.kind is each.VAR_KEYWORD or each.name == "attempt" for each in parameters)
 
 
 def checked(rewards, name: str, number: int, attempt: int, prompts: list | None = None):
@@ -108,12 +125,12 @@ def checked(rewards, name: str, number: int, attempt: int, prompts: list | None 
     return rewards
 
 
-def _failure(error: Exception, name: str, row: int | None, kwargs: dict) -> RuntimeError:
+def _failure(error: Exception, name: str, row: int | None, kwargs: dict, attempt: int) -> RuntimeError:
     """The error to raise in place of one that a reward function raised in a row."""
     where = f"in row {row}: {kwargs['prompts'][row]}" if row is not None else "in a row that could not be found"
     said = next(iter(str(error).splitlines()), "")
     return RuntimeError(
-        f"The reward function '{name}' raised {type(error).__name__} on attempt {kwargs['attempt']}, {where}. "
+        f"The reward function '{name}' raised {type(error).__name__} on attempt {attempt}, {where}. "
         f"{f'The exception says: {said}. ' if said else ''}An exception stops the run; what was saved before is intact. Return 0 "
         "for a wrong answer, and `None` for an answer that cannot be scored."
     )

@@ -39,6 +39,7 @@ from .callbacks import open_trackio
 from .checks import (
     check_datasets,
     check_log_probabilities,
+    check_reward_functions,
     check_schedule,
     check_stage1_steps,
     check_trainable,
@@ -120,8 +121,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             adapter.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Reward functions, as in [`~trl.GRPOTrainer`]. Each is called once per attempt: `completions` and
-            `completion_ids` contain only this attempt, and the keyword `attempt` is its number, from 1. An attempt counts as
-            right in the accuracy metrics if the first reward function gives it at least 1.
+            `completion_ids` contain only this attempt, and the keyword `attempt`, for functions that take it, is its number,
+            from 1. An attempt counts as right in the accuracy metrics if the first reward function gives it at least 1.
         args ([`SCoReConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -193,6 +194,8 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         if loading.get("trust_remote_code"):
             args.trust_remote_code = True  # of tokenizer, configuration and reference as well
         check_datasets(train_dataset, eval_dataset, args)
+        if type(self)._calculate_rewards is GRPOTrainer._calculate_rewards:  # an override may call them in another way
+            check_reward_functions(reward_funcs, train_dataset, eval_dataset, args)
         if isinstance(train_dataset, IterableDataset) and args.world_size > 1 and train_dataset.num_shards > 1:
             train_dataset = in_one_shard(train_dataset)
         num_problems = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
