@@ -201,6 +201,13 @@ def test_a_bridge_that_all_rows_are_in_is_read_at_once(model):
         assert forwards.columns == columns[:-2]
 
 
+def test_a_state_beside_plain_layers_takes_one_token_at_a_time():
+    """MiniMax has a cache of its own. One row, as its states do not leave out padding."""
+    settings = {**LLAMA, "head_dim": 8, "num_local_experts": 2, "block_size": 8, "layer_types": LINEAR["layer_types"]}
+    model = make("minimax", settings)
+    assert together(model, rows=1)[0] == one_by_one(model, rows=1)
+
+
 def test_rows_that_have_ended_are_dropped(model):
     _, forwards = together(model, rows=16)
     assert forwards.rows[0] == 16 and forwards.rows[-1] < 8

@@ -225,8 +225,9 @@ class AllAttempts:
             return 1
         caches = [each for each in model_kwargs.values() if isinstance(each, Cache)]
         layers = [layer for cache in caches for layer in getattr(cache, "layers", [None])]
-        # The state of a recurrent layer takes one token at a time.
+        # The state of a recurrent layer takes one token at a time. Some caches hold it beside plain layers (MiniMax).
         is_recurrent = not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+        is_recurrent = is_recurrent or not {type(cache) for cache in caches} <= {DynamicCache}
         return 1 if is_recurrent or (model_kwargs.get("use_cache") and not caches) else number
 
     def _next(self, row: Row, sampled: int, number: int) -> list[int]:
