@@ -302,7 +302,13 @@ class SCoReConfig(GRPOConfig):
             )
 
     def _check_stages(self):
-        if self.stage1_steps < 0 or (self.stage1_steps > 1 and self.stage1_steps != int(self.stage1_steps)):
+        numbers = {name: [getattr(self, name)] for name in ("alpha", "beta", "stage1_beta")}
+        for name, values in (numbers | {"reward_weights": self.reward_weights or []}).items():
+            if not all(map(math.isfinite, values)):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` is not finite, so rewards, advantages or losses would not be either. Set it to a number."
+                )
+        if not 0 <= self.stage1_steps < math.inf or (self.stage1_steps > 1 and self.stage1_steps % 1 != 0):
             raise ValueError(
                 f"`stage1_steps={self.stage1_steps}` is neither a number of steps nor a share of them. Set a share below "
                 "1, a whole number of steps, or 0 for Stage II only."
