@@ -271,7 +271,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         report_to, self.args.report_to = self.args.report_to, []
         try:
             with self.accelerator.autocast():
-                limit = 0.05 if is_exact(self.model, self.args) else 0.5
+                limit = 0.01 if is_exact(self.model, self.args) else 0.5
                 check_log_probabilities(self.model, score, self.temperature, limit)
         finally:
             self.args.report_to = report_to
