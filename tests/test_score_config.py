@@ -231,6 +231,7 @@ def test_all_splits_in_place_of_one_are_refused(make_arithmetic_trainer):
         ("log_metric", ["x"] * 8, "column `log_metric`, the keyword by which a reward function"),
         ("image", ["x"] * 8, "has images, which SCoRe does not support"),
         ("correction_instruction", ["ok"] * 7 + [""], "empty `correction_instruction` in row 7"),
+        ("correction_instruction", [None] + [3] * 7, "has a `int` as `correction_instruction` in row 1"),
     ],
 )
 def test_columns_that_cannot_work_are_refused(make_arithmetic_trainer, column, values, match):
@@ -323,6 +324,25 @@ def test_streamed_datasets_are_checked_by_their_first_rows(make_arithmetic_train
     trainer = make_arithmetic_trainer({"train_dataset": stream("prompt"), "eval_dataset": None})
     assert isinstance(trainer.train_dataset, IterableDataset)
     refused(ValueError, "no column `prompt`", make_arithmetic_trainer, {"train_dataset": stream("problem")})
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "match"),
+    [
+        ({"prompt": None}, {}, "has no problem in row 3, where `prompt` is None"),
+        ({"prompt": [{"role": "user", "content": None}]}, {}, "has no problem in row 3"),
+        ({"prompt": 5}, {}, "`prompt` in row 3 that is neither text nor a list of chat messages: 5"),
+        ({"prompt": ["a"]}, {}, r"neither text nor a list of chat messages: \['a'\]"),
+        ({"correction_instruction": " "}, {}, "empty `correction_instruction` in row 3"),
+        ({"first_attempts": []}, {"offline_first_attempts": 1.0}, "no `first_attempts` in row 3"),
+    ],
+    ids=str,
+)
+def test_broken_rows_of_a_stream_are_refused(make_arithmetic_trainer, row, options, match):
+    good = {"prompt": "a", "answer": "b", "correction_instruction": None, "first_attempts": ["a"]}
+    rows = [good] * 3 + [good | row] + [good] * 4
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    refused(ValueError, match, make_arithmetic_trainer, {"train_dataset": stream, "eval_dataset": None}, **options)
 
 
 def test_rows_that_a_transform_makes_are_checked_and_trained(make_arithmetic_trainer):

@@ -61,8 +61,16 @@ def check_datasets(train_dataset, eval_dataset, args: SCoReConfig):
     check_number_of_problems(train_dataset, args)
 
 
-def column_of(dataset: Dataset, name: str) -> Iterable:
-    """A column of a dataset. Where a transform makes the rows (`set_transform`), the stored columns are other ones."""
+STREAMED_ROWS = 100  # read from a streamed dataset to check it
+
+
+def column_of(dataset: Dataset | IterableDataset, name: str) -> Iterable:
+    """
+    A column of a dataset, of a stream that of its first rows. Where a transform makes the rows (`set_transform`), the stored columns
+    are other ones.
+    """
+    if isinstance(dataset, IterableDataset):
+        return (row.get(name) for row in dataset.take(STREAMED_ROWS))
     return dataset[name] if dataset.format["type"] != "custom" else (row[name] for row in dataset)
 
 
@@ -94,21 +102,26 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
             )
     if "image" in row or "images" in row:
         raise ValueError(f"`{name}` has images, which SCoRe does not support. Remove the column.")
-    if isinstance(dataset, Dataset):
-        check_prompts(f"`{name}`", dataset)
-    if "correction_instruction" in row and isinstance(dataset, Dataset):
+    check_prompts(f"`{name}`", dataset)
+    if "correction_instruction" in row:
         for index, instruction in enumerate(column_of(dataset, "correction_instruction")):
-            if instruction is not None and not instruction.strip():
+            if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
+                what = "an empty" if isinstance(instruction, str) else f"a `{type(instruction).__name__}` as"
                 raise ValueError(
-                    f"`{name}` has an empty `correction_instruction` in row {index}, which would not ask for a correction. "
+                    f"`{name}` has {what} `correction_instruction` in row {index}, which would not ask for a correction. "
                     "Set it to a sentence, or to None for the configured one."
                 )
 
 
-def check_prompts(name: str, dataset: Dataset):
+def check_prompts(name: str, dataset: Dataset | IterableDataset):
     """Each row has a problem. A chat template would write a missing text as the word None."""
     for index, prompt in enumerate(column_of(dataset, "prompt")):
-        turns = [] if isinstance(prompt, str) else prompt or []
+        turns = prompt if isinstance(prompt, list) else []
+        if not (isinstance(prompt, str | list | None) and all(isinstance(turn, dict) for turn in turns)):
+            raise ValueError(
+                f"{name} has a `prompt` in row {index} that is neither text nor a list of chat messages: {prompt!r}. Write it as "
+                "`[{'role': 'user', 'content': ...}]`."
+            )
         if not prompt or any(turn.get("content") is None and not turn.get("tool_calls") for turn in turns):
             raise ValueError(
                 f"{name} has no problem in row {index}, where `prompt` is {prompt!r}. Write one, or drop the row with "
@@ -154,14 +167,13 @@ def in_one_shard(dataset: IterableDataset) -> IterableDataset:
 
 def check_first_attempts(dataset: Dataset | IterableDataset):
     """Every problem has stored first attempts."""
-    rows = dataset if isinstance(dataset, Dataset) else dataset.take(1)
-    if "first_attempts" not in next(iter(rows)):
+    if "first_attempts" not in next(iter(dataset)):
         raise ValueError(
             "`offline_first_attempts` takes first attempts from a column `first_attempts`, which `train_dataset` does not have. "
             "Sample them from the base model with `trl-score collect` and add them with "
             "`trl_score.collection.with_first_attempts`, or set `offline_first_attempts=0`."
         )
-    for index, attempts in enumerate(first_attempts_of(dataset)):
+    for index, attempts in enumerate(column_of(dataset, "first_attempts")):
         if not attempts or any(not attempt for attempt in attempts) or isinstance(attempts, str):
             raise ValueError(
                 f"`train_dataset` has no `first_attempts` in row {index}, or an empty one. Give every problem a list of texts "
@@ -169,16 +181,9 @@ def check_first_attempts(dataset: Dataset | IterableDataset):
             )
 
 
-def first_attempts_of(dataset: Dataset | IterableDataset) -> Iterable:
-    """The stored first attempts of each row, of a stream those of its first row."""
-    if isinstance(dataset, Dataset):
-        return column_of(dataset, "first_attempts")
-    return (row["first_attempts"] for row in dataset.take(1))
-
-
 def check_vocabulary(dataset: Dataset | IterableDataset, size: int):
     """Stored first attempts that are token ids are of the model's vocabulary, which has `size` tokens."""
-    for index, attempts in enumerate(first_attempts_of(dataset)):
+    for index, attempts in enumerate(column_of(dataset, "first_attempts")):
         largest = max((max(attempt) for attempt in attempts if not isinstance(attempt, str)), default=0)
         if largest >= size:
             raise ValueError(

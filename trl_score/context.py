@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import is_conversational
 
-from .checks import named_datasets
+from .checks import STREAMED_ROWS, named_datasets
 from .first_attempts import attempt_tokens
 from .rollout import Bridge, check_chat_template
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 ROWS_AT_A_TIME = 1000  # prompts tokenized in one call
-STREAMED_ROWS = 100  # read from a streamed dataset to check it; the rest is checked batch by batch
 
 
 def context_limit(config: PretrainedConfig, args: SCoReConfig | None = None) -> int | None:
