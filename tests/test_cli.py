@@ -18,7 +18,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from trl_score import baselines, cli, training
+from trl_score.arguments import EvaluateArguments
 from trl_score.baselines import BaselineArguments
+from trl_score.parsing import Parser
 from trl_score.sampling import TransformersSampler
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
 from trl_score.training import TrainArguments
@@ -157,6 +159,7 @@ def test_packages_that_only_some_need_are_not_loaded():
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--dtype", "int8"], 1, "trl-score evaluate: `dtype='int8'` is no type of weights. Set it"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}/file/x"], 1, "trl-score evaluate: `output_dir='{tmp}/file/x'` is no folder: '{tmp}/file' is a file"),
         (["evaluate", *SMALL, "--output_dir", "{tmp}", "--model", "{tmp}"], 1, "trl-score evaluate: The model '{tmp}' is not available: the folder has no config.json"),
+        (["evaluate", *SMALL, "--output_dir", ""], 1, "trl-score evaluate: `output_dir` is empty. Give the name of a folder"),
         (["collect", *SMALL, "--output_dir", "{tmp}", "--data_dir", "x"], 1, "trl-score collect: The problems of 'arithmetic' are generated"),
         (["check", *SMALL, "--task", "my_task.py:Mine"], 1, "trl-score check: The task 'my_task.py:Mine': there is no file 'my_task.py'"),
         (["train", "--task", "arithmetic", "--output_dir", "{tmp}", "--alpah", "3"], 2, "trl-score train: error: unknown option --alpah. Did you mean --alpha?"),
@@ -190,6 +193,40 @@ def test_errors_are_one_line_and_have_an_exit_code(tmp_path, capfd, arguments, c
     assert returned == code, errors
     last = [line for line in errors.splitlines() if line.startswith(("trl-score", "Unknown"))][-1]
     assert last.startswith(message) and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("limit: 2.5", "`limit: 2.5` in the configuration: it takes int"),
+        ("limit: true", "`limit: True` in the configuration: it takes int"),
+        ("limit: [4]", "`limit: [4]` in the configuration: it takes int"),
+        ("temperature: true", "`temperature: True` in the configuration: it takes float"),
+        ("batch_size:", "`batch_size: None` in the configuration: it takes int"),
+        ("self_refine: 1", "`self_refine: 1` in the configuration: it takes bool"),
+        ("task: [arithmetic]", "`task: ['arithmetic']` in the configuration: it takes str"),
+        ("chat_template_kwargs: [1]", "`chat_template_kwargs: [1]` in the configuration: it takes dict or str"),
+        ("config: other.yaml", "`config` has no meaning in a configuration"),
+    ],
+)
+def test_a_value_of_another_type_in_a_configuration_is_refused(tmp_path, capsys, line, message):
+    (tmp_path / "config.yaml").write_text(line)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            ["evaluate", *SMALL, "--output_dir", str(tmp_path / "results"), "--config", str(tmp_path / "config.yaml")]
+        )
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"trl-score evaluate: error: {message}")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_configuration_may_have_numbers_for_texts_and_texts_for_numbers(tmp_path):
+    lines = ["revision: 1.0", "split: 2024", "temperature: 1", "top_p: 1e-1", "limit:", "extra_body: {top_k: -1}"]
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, "trust_remote_code: 'no'"]))
+    (parsed,) = Parser((EvaluateArguments,), "evaluate").parse_args_and_config(
+        ["--config", str(tmp_path / "config.yaml")]
+    )
+    assert (parsed.revision, parsed.split, parsed.temperature, parsed.top_p) == ("1.0", "2024", 1, 0.1)
+    assert parsed.limit is None and parsed.extra_body == {"top_k": -1} and parsed.trust_remote_code is False
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -18,6 +20,16 @@ CONFIGS = Path(__file__).parent / "configs"
 """Folder of the configurations that come with the package."""
 METHOD, MOST_USED = "The method", "Training (the options of TRL that are used most)"
 ORDER = ("Problems", "Baseline", METHOD, "Model", "Attempts", MOST_USED)  # of the groups in a help; then the others
+OF_YAML = {
+    bool,
+    int,
+    float,
+    str,
+    list,
+    dict,
+    NoneType,
+    Any,
+}  # types of options whose values in a configuration are checked
 OURS = "SCoReConfig"  # the class whose own fields are the method's
 # The model of a command that trains, and of one that samples.
 OTHER_COMMANDS = {"--model": "--model_name_or_path", "--model_name_or_path": "--model"}
@@ -118,6 +130,25 @@ class Parser(TrlParser):
             self.error(f"--config {file} holds no mapping of options to values, such as `alpha: 10`.")
         args[index + 1] = str(file)
         return args
+
+    def set_defaults_with_config(self, **kwargs) -> list[str]:
+        """
+        As TRL's, which takes any value, for values that are of the type of their option.
+
+        Raises:
+            `SystemExit`: With code 2 and one line, for a value of another type.
+        """
+        for name in ("config", "help"):
+            if name in kwargs:
+                self.error(f"`{name}` has no meaning in a configuration. Give it on the command line.")
+        for kind in self.dataclass_types:
+            hints = get_type_hints(kind)
+            for name in hints.keys() & kwargs.keys():
+                try:
+                    kwargs[name] = of_type(kwargs[name], hints[name])
+                except TypeError as error:
+                    self.error(f"`{name}: {kwargs[name]}` in the configuration: {error}.")
+        return super().set_defaults_with_config(**kwargs)
 
     def refuse(self, unknown: list[str], where: str = "", known: Iterable[str] = ()) -> None:
         """
@@ -225,6 +256,30 @@ class _Formatter(argparse.HelpFormatter):
         if action.default in (None, False, argparse.SUPPRESS, "") or action.default == []:
             return text
         return f"{text} (default: {str(action.default).replace('%', '%%')})"
+
+
+def of_type(value, hint):
+    """
+    A value in a YAML file as its option takes it. A text stays, to be read as on the command line; a number for an option that is a text
+    becomes one.
+
+    Args:
+        value:
+            The value.
+        hint:
+            The type of the option. Types that are not of YAML take any value.
+
+    Raises:
+        `TypeError`: If the value is of another type.
+    """
+    hints = [hint] if get_origin(hint) in (None, list, dict) else get_args(hint)
+    kinds = {get_origin(each) or each for each in hints}
+    known = {*kinds, *(inner for each in hints for inner in get_args(each))} <= OF_YAML
+    if isinstance(value, str) or type(value) in kinds or not known or (type(value) is int and float in kinds):
+        return value
+    if str in kinds and not isinstance(value, list | dict | NoneType):
+        return str(value)
+    raise TypeError(f"it takes {' or '.join(sorted(kind.__name__ for kind in kinds - {NoneType}))}")
 
 
 def launch_options() -> set[str]:

@@ -45,7 +45,10 @@ def check_folder(folder: str | Path) -> None:
 
     Raises:
         `OSError`: If they cannot, with the folder that is to blame.
+        `ValueError`: If the name is empty, which would be the current folder.
     """
+    if not str(folder):
+        raise ValueError("`output_dir` is empty. Give the name of a folder, or '.' for the current one.")
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
