@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -452,6 +453,28 @@ def test_an_endpoint_is_told_how_to_decode(tmp_path):
     assert evaluation.settings["extra_body"] == body and evaluation.settings["chat_template_kwargs"] == {"x": 1}
     assert evaluation.settings["decoding"] == "what the server adds"
     assert evaluation.settings["weights"] == "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"extra_body": {"top_k": -1, "temperature": 1.0}},
+            "`extra_body` has `temperature`, which each request sets itself",
+        ),
+        ({"extra_body": {"n": 4}}, "`extra_body` has `n`"),
+        ({"extra_body": {"max_tokens": 4}}, "`max_completion_length` and `num_samples` are arguments"),
+        ({"base_url": "127.0.0.1:8000/v1"}, "`base_url='127.0.0.1:8000/v1'` is no address. Give one with http://"),
+        ({"base_url": ""}, "`base_url=''` is no address"),
+    ],
+)
+def test_an_endpoint_refuses_what_would_change_the_requests(settings, message):
+    """They would sample otherwise than the results say, or go to another address."""
+    settings = {"base_url": "http://127.0.0.1:9/v1"} | settings
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EndpointSampler("m", **settings)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate_self_correction("m", "arithmetic", backend="endpoint", **settings)
 
 
 def test_prompts_may_have_instructions_of_their_own(monkeypatch):

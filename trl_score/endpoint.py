@@ -14,6 +14,16 @@ from .tasks.base import first_line
 BUSY = {429, 502, 503, 504}  # status codes of a server that has too much to do
 WAITS = (1, 2, 4, 8, 16)  # seconds before it is asked again, where it does not say how long
 LONGEST_WAIT = 60
+OWN = (
+    "messages",
+    "model",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "seed",
+    "n",
+    "stream",
+)  # fields that the sampler needs as they are
 
 
 class EndpointSampler(Sampler):
@@ -37,9 +47,12 @@ class EndpointSampler(Sampler):
             Further arguments of the chat template. They are sent with each request, for servers that support them (vLLM, SGLang,
             `transformers serve`).
         extra_body (`dict`, *optional*):
-            Further fields of each request.
+            Further fields of each request. Fields that the sampler sets itself, such as `temperature`, are refused.
         **kwargs:
             Arguments of `InferenceClient`: `api_key`, `provider`, `timeout`, ..
+
+    Raises:
+        `ValueError`: If `base_url` is no address, or `extra_body` has a field of the sampler.
     """
 
     backend = "endpoint"
@@ -57,6 +70,7 @@ class EndpointSampler(Sampler):
         self.name, self.max_concurrency = model, max_concurrency
         self.chat_template_kwargs, self.extra_body = chat_template_kwargs or {}, extra_body or {}
         self.where = address(base_url, **kwargs)
+        self.identity()  # refuses what `extra_body` must not have
         self.client = InferenceClient(base_url=base_url, **kwargs) if base_url else InferenceClient(model, **kwargs)
 
     def identity(self) -> dict:
@@ -133,11 +147,31 @@ class EndpointSampler(Sampler):
 
 
 def address(base_url: str | None = None, **kwargs) -> str:
-    """Where requests go to, without a password that the address may hold."""
+    """
+    Where requests go to, without a password that the address may hold.
+
+    Raises:
+        `ValueError`: If it is no address.
+    """
     if base_url is None:
         return f"inference provider {kwargs.get('provider') or 'auto'}"
+    if not base_url.startswith(("http://", "https://")):
+        raise ValueError(
+            f"`base_url={base_url!r}` is no address. Give one with http:// or https://, such as http://127.0.0.1:8000/v1."
+        )
     return urlsplit(base_url)._replace(netloc=urlsplit(base_url).netloc.rpartition("@")[2]).geturl()
 
 
 def endpoint_identity(where: str, chat_template_kwargs: dict, extra_body: dict) -> dict:
+    """
+    What the attempts of an endpoint come from, for the results.
+
+    Raises:
+        `ValueError`: If `extra_body` would change a field that the results say otherwise.
+    """
+    if taken := [name for name in OWN if name in extra_body]:
+        raise ValueError(
+            f"`extra_body` has `{taken[0]}`, which each request sets itself, so the results would not say how the attempts were sampled. "
+            "Leave it out; `temperature`, `top_p`, `max_completion_length` and `num_samples` are arguments of their own."
+        )
     return {"weights": where, "chat_template_kwargs": chat_template_kwargs, "extra_body": extra_body}
