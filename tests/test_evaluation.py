@@ -580,6 +580,20 @@ def busy(status, **headers):
     return error
 
 
+def saying(status, text):
+    error = busy(status)
+    error.response.text = text
+    return error
+
+
+def test_half_a_character_of_an_endpoint_is_written_as_such(monkeypatch, tmp_path):
+    """JSON may hold the first half of a pair, where the tokens end; no file can."""
+    sampler, _ = answering(monkeypatch, answer_of("\ud83d\ude00 \ud83d"), answer_of("\udc00"))
+    settings = SETTINGS | {"limit": 1}
+    (row,) = evaluate_self_correction(sampler, "arithmetic", **settings, output_dir=tmp_path).rollouts
+    assert row["attempts"] == ["😀 \ufffd", "\ufffd"] and load_evaluation(tmp_path).rollouts == [row]
+
+
 def test_an_endpoint_that_has_too_much_to_do_is_asked_again(monkeypatch):
     refused = busy(429), busy(503, **{"Retry-After": "7"}), busy(429, **{"Retry-After": "9999"})
     sampler, waited = answering(monkeypatch, *refused, answer_of("one"), answer_of(None))
@@ -591,6 +605,11 @@ def test_an_endpoint_that_has_too_much_to_do_is_asked_again(monkeypatch):
     ("answer", "message"),
     [
         (busy(400), r"did not answer for the model 'm': 400 for url: http://x/v1\. Check that it runs"),
+        (
+            saying(400, '{"detail": "the context\n is too long"}'),
+            r'v1, and said: \{"detail": "the context is too long"\}\. Check',
+        ),
+        (saying(404, "<html>"), r"http://x/v1\. Check that it runs"),
         ({"choices": []}, "gave no attempt for the model 'm', but an answer without text"),
         ({"error": {"message": "overloaded"}}, "gave no attempt for the model 'm', but {'message': 'overloaded'}"),
         ({"choices": [{"index": 0}]}, "gave no attempt"),

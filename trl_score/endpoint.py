@@ -14,6 +14,7 @@ from .tasks.base import first_line
 BUSY = {429, 502, 503, 504}  # status codes of a server that has too much to do
 WAITS = (1, 2, 4, 8, 16)  # seconds before it is asked again, where it does not say how long
 LONGEST_WAIT = 60
+MOST_SAID = 500  # characters of what a server says in an error
 OWN = (
     "messages",
     "model",
@@ -103,7 +104,7 @@ class EndpointSampler(Sampler):
                     **({"extra_body": body} if body else {}),
                 )
                 choice, usage = answer.choices[0], getattr(answer, "usage", None)
-                text = choice.message.content or ""
+                text = _whole(choice.message.content or "")
                 attempts.append(
                     Attempt(text, getattr(usage, "completion_tokens", None), choice.finish_reason == "length")
                 )
@@ -137,13 +138,21 @@ class EndpointSampler(Sampler):
         return answer
 
     def _error(self, error: Exception, is_busy: bool) -> OSError:
-        what = first_line(error).rstrip(".")
+        what = first_line(error).rstrip(".:")
+        said = " ".join(getattr(getattr(error, "response", None), "text", "").split())[:MOST_SAID]
+        if said and not said.startswith("<"):  # a page of HTML says less
+            what += f", and said: {said}"
         remedy = (
             f"It has too much to do: set `batch_size` lower, for fewer requests at a time (now {self.max_concurrency} at most)."
             if is_busy
             else "Check that it runs, that its address is right (`base_url`, which often ends with /v1), and that it serves this model."
         )
         return OSError(f"The endpoint ({self.where}) did not answer for the model '{self.name}': {what}. {remedy}")
+
+
+def _whole(text: str) -> str:
+    """A text that can be written to a file: half a character, where a server cut one, becomes the sign for it, as in other samplers."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def address(base_url: str | None = None, **kwargs) -> str:
