@@ -549,6 +549,20 @@ def test_two_processes_do_what_one_does_and_wait_for_the_slower(tmp_path):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 
+def test_processes_that_do_not_share_the_folder_are_an_error(tmp_path):
+    """As on two nodes, each with a disk of its own: the first would give the metrics of its half."""
+    (tmp_path / "worker.py").write_text(
+        "import sys\n"
+        "from trl_score import evaluate_self_correction\n"
+        "from trl_score.records import processes\n"
+        "folder = f'{sys.argv[1]}/{processes().process_index}'\n"
+        "evaluate_self_correction(sys.argv[2], 'arithmetic', max_completion_length=8, batch_size=2, limit=7, output_dir=folder)\n"
+    )
+    done = ranks(2, tmp_path / "worker.py", tmp_path, BASE, ACCELERATE_USE_CPU="true")
+    assert done.returncode != 0 and "has 4 of 7 rollouts, as process 0 sees it" in done.stderr
+    assert not (tmp_path / "0" / "summary.json").exists()
+
+
 def test_processes_wait_as_long_as_the_slowest_needs(monkeypatch):
     asked = {}
     monkeypatch.setattr("trl_score.records.PartialState", lambda **kwargs: asked.update(kwargs))

@@ -162,10 +162,21 @@ class Store:
         whole.replace(self.folder / SETTINGS)
 
     def all_rollouts(self) -> list[dict]:
-        """Those of all processes, by problem and sample. To be called once, by all of them, when they are done."""
+        """
+        Those of all processes, by problem and sample. To be called once, by all of them, when they are done.
+
+        Raises:
+            `OSError`: If this process cannot see the rollouts of the others.
+        """
         if self.state.num_processes > 1:
             self.state.wait_for_everyone()
             self.rollouts = [row for row in read_rollouts(self.folder) if row["index"] < len(self.problems)]
+            number = len(self.problems) * self.settings.get("num_samples", 1)
+            if len(self.rollouts) < number:
+                raise FileNotFoundError(
+                    f"'{self.folder}' has {len(self.rollouts)} of {number} rollouts, as process {self.state.process_index} sees it: the "
+                    "processes write to different folders. Set `output_dir` to one that all of them share."
+                )
         self.rollouts.sort(key=position)
         if self.folder is not None and self.folder.exists() and self.state.is_main_process:
             self._write_settings()
