@@ -3,6 +3,7 @@
 import json
 import linecache
 import logging
+import sys
 from functools import partial
 
 import pytest
@@ -11,11 +12,12 @@ from datasets import Dataset
 from trl_score import cli, evaluate_self_correction, training
 from trl_score.collection import collect
 from trl_score.evaluation import load_evaluation
+from trl_score.fingerprints import of_grader
 from trl_score.jobs import grade
 from trl_score.records import strict_json
 from trl_score.sampler import Attempt, Sampler
 from trl_score.scaling import votes
-from trl_score.tasks import Arithmetic, catalogue, get_task, reasoning_gym
+from trl_score.tasks import GSM8K, Arithmetic, HumanEval, catalogue, get_task, reasoning_gym
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH, answer, problems
 from trl_score.tasks.dataset import DatasetTask
 
@@ -240,6 +242,37 @@ def test_grades_of_another_grader_are_not_reused(folder):
     del settings["grader"]  # a folder of an earlier version
     (folder / "out" / "settings.json").write_text(json.dumps(settings))
     assert evaluated("second_attempts").rollouts == before
+
+
+def test_a_grader_is_told_by_all_that_grades(tmp_path):
+    """Not `reward` alone, which a task of one's own may inherit; and the arguments of a function made from another."""
+    file = tmp_path / "graders.py"
+
+    def graders(version):
+        file.write_text(
+            "from functools import partial\n"
+            "from trl_score.tasks import GSM8K\n"
+            "def near(completions, tolerance, **kwargs): return [tolerance] * len(completions)\n"
+            "right = partial(near, tolerance=0.5)\n"
+            "class Strict(GSM8K):\n"
+            f"    def grade(self, *args, **kwargs): return super().grade(*args, **kwargs)  # {version}\n"
+            "class Renamed(GSM8K):\n"
+            "    name = 'renamed'\n"
+        )
+        sys.modules.pop(f"trl_score_file_{file}", None)
+        linecache.clearcache()
+        functions = [get_task(f"{file}:{name}").grader for name in ("Strict", "Renamed")]
+        return [*functions, DatasetTask("x", reward_funcs=[f"{file}:right"]).grader]
+
+    one, other = graders("one"), graders("other")
+    assert one == graders("one") and one[0] != other[0] and one[2] != other[2]
+    assert one[1] == other[1] == GSM8K().grader == "MathTask.reward"
+    assert len({of_grader(partial(max, 1, key=key)) for key in (len, abs)}) == 2
+
+    def runner(submissions):
+        return []
+
+    assert HumanEval(runner=runner).grader != HumanEval(allow_code_execution=True).grader
 
 
 @pytest.mark.parametrize("command_line", ["evaluate", "scale", "tasks"])

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,9 +48,14 @@ def of_rows(rows: Dataset) -> list[str]:
 def of_grader(grader: Callable) -> str:
     """
     The name of a class or function that grades. One that is not ours or TRL's is told from others by its source file too; in a script
-    or notebook, by its own source.
+    or notebook, by its own source. A `functools.partial` is told by its function and arguments.
     """
     grader = inspect.unwrap(grader)
+    if isinstance(grader, functools.partial):
+        arguments = re.sub(
+            r" at 0x\w+", "", repr((grader.args, grader.keywords))
+        )  # of a function, without its address
+        return f"{of_grader(grader.func)} {fingerprint(arguments)}"
     grader = grader if hasattr(grader, "__qualname__") else type(grader)
     name = grader.__qualname__
     if grader.__module__.split(".")[0] in ("trl_score", "trl"):

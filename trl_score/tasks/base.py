@@ -10,6 +10,8 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+GRADING = ("reward", "grade", "verdicts", "answer", "same_answers")  # methods of tasks that stored grades depend on
+
 
 class Task(ABC):
     """
@@ -71,10 +73,15 @@ class Task(ABC):
 
     @property
     def grader(self) -> str:
-        """What tells this grader from others: stored grades are not reused by another one. By default, `reward` and its source file."""
+        """
+        What tells this grader from others: stored grades are not reused by another one. By default, `reward` and its source file, and those
+        of other methods that grade or compare, if a class of yours defines them elsewhere.
+        """
         from ..fingerprints import of_grader  # here, so that a list of tasks does without torch
 
-        return of_grader(type(self).reward)
+        methods = [getattr(type(self), name) for name in GRADING if hasattr(type(self), name)]
+        first, *others = map(of_grader, methods)
+        return " ".join([first, *(other for other in others if other.partition(" ")[2] not in first)])
 
     def answer(self, text: str, **row) -> str | None:
         """

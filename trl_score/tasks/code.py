@@ -197,7 +197,10 @@ class CodeTask(Task):
     @property
     def grader(self) -> str:
         """See [`Task.grader`]."""
-        return super().grader + ", fractional" * self.fractional_reward
+        from ..fingerprints import of_grader  # here, so that a list of tasks does without torch
+
+        runner = f", {of_grader(self.runner)}" if self.sandbox is None else ""
+        return super().grader + ", fractional" * self.fractional_reward + runner
 
     def reward(
         self,
