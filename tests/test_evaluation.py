@@ -270,6 +270,19 @@ def test_the_table_has_the_metrics_of_every_evaluation():
     assert "| Accuracy@t2 |  | 0.0 [0.0, 0.0] |" in table([of(None, None), of(True, False)])
 
 
+def test_a_level_that_is_not_there_is_none(tmp_path):
+    """NaN, as pandas has it: `null` in a file, which no level can be compared with."""
+
+    class Levels(Arithmetic):
+        def load(self, split):
+            return super().load(split).select(range(3)).add_column("level", [2.0, float("nan"), 1.0])
+
+    settings = SETTINGS | {"output_dir": tmp_path}
+    for _ in range(2):
+        found = evaluate_self_correction(BASE, Levels(), **settings).summary["by_level"]
+        assert list(found) == ["1.0", "2.0"]
+
+
 def test_an_infinite_temperature_is_refused():
     with pytest.raises(ValueError, match=r"`temperature=inf` .* set the first to 0 or more"):
         evaluate_self_correction(BASE, "arithmetic", temperature=float("inf"))

@@ -381,7 +381,9 @@ def test_reading_does_not_touch_a_line_that_is_being_written(tmp_path):
     assert file.read_bytes() == before[: -len('{"index": 4, ')]
 
 
-@pytest.mark.parametrize("damaged", [b'{"index": 1, "sam{"index": 1}\n', b"\0" * 50 + b"\n"])
+@pytest.mark.parametrize(
+    "damaged", [b'{"index": 1, "sam{"index": 1}\n', b"\0" * 50 + b"\n", b'{"index": 1}\n', b"null\n"]
+)
 def test_a_damaged_line_is_named(tmp_path, damaged):
     store = Store(tmp_path, {"weights": "1"}, ["a", "b", "c"])
     store.add([{"index": 0, "sample": 0}])
@@ -390,6 +392,14 @@ def test_a_damaged_line_is_named(tmp_path, damaged):
     store.add([{"index": 2, "sample": 0}])
     with pytest.raises(ValueError, match=r"rollouts.jsonl', line 2, is damaged: .* Remove the line"):
         load_evaluation(tmp_path)
+
+
+def test_damaged_settings_are_named(tmp_path):
+    Store(tmp_path, {"weights": "1"}, ["a"]).add([{"index": 0, "sample": 0}])
+    (tmp_path / "settings.json").write_text("null")
+    for read in (load_evaluation, lambda folder: evaluate(BASE, folder)):
+        with pytest.raises(ValueError, match=r"settings.json' is damaged: it has no fields. Restore it"):
+            read(tmp_path)
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):

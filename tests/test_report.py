@@ -243,6 +243,32 @@ def test_an_evaluation_that_still_runs_says_how_far_it_is(tmp_path):
     assert "2 × 1 (2 of 10 so far)" in write_report([tmp_path], tmp_path / "report.html").read_text("utf-8")
 
 
+@pytest.mark.parametrize("text", ['{"editor.tabSize": 4}', "{// a comment\n}"])
+def test_settings_of_another_program_are_no_evaluation(tmp_path, text):
+    save_evaluation(tmp_path / "base", "me/base", [[False, True]])
+    (tmp_path / ".vscode").mkdir()
+    (tmp_path / ".vscode" / "settings.json").write_text(text)
+    assert find([tmp_path]).evaluations.keys() == {"base"}
+    with pytest.raises(FileNotFoundError, match="holds no evaluation"):
+        find([tmp_path / ".vscode"])
+
+
+def test_a_model_in_the_current_folder_has_a_name(tmp_path):
+    save_evaluation(tmp_path / "here", ".", [[False, True]])
+    assert find([tmp_path]).evaluations.keys() == {"."}
+
+
+def test_levels_and_problems_of_any_text_are_shown(tmp_path):
+    save_evaluation(tmp_path, "me/base", [[False, True]] * 3)
+    file = tmp_path / "rollouts.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["level"], rows[1]["level"], rows[2]["level"] = "²", None, "3"
+    rows[2]["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "in parts"}]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report([tmp_path], tmp_path / "report.html").read_text("utf-8")
+    assert "² (1 problems)" in page and "in parts" in page and "None (" not in page
+
+
 def test_evaluations_of_one_model_are_told_apart_by_what_differs(tmp_path):
     verdicts = [[False, True], [True, True]]
     for name, settings in {
@@ -550,8 +576,9 @@ def test_formulas_become_mathml_and_nothing_else():
         "$\\frac$",
         "$" + "x" * 3000 + "$",
         "$" + "{" * 900 + "$",
+        "$" + "{" * 900 + "x" + "}" * 900 + "$",
     ],
-    ids=["link", "unknown", "incomplete", "long", "deep"],
+    ids=["link", "unknown", "incomplete", "long", "deep", "deep and complete"],
 )
 def test_formulas_that_are_not_taken(formula):
     assert formulas([formula]) == {}

@@ -154,7 +154,7 @@ def summarize(rollouts: list[dict]) -> dict:
     samples = max(Counter(row["index"] for row in rollouts).values(), default=0)
     by_level = defaultdict(list)
     for row in graded:
-        if "level" in row:
+        if row.get("level") is not None:
             by_level[row["level"]].append(row)
     return {
         "metrics": _metrics(graded),

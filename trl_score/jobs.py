@@ -344,10 +344,12 @@ def grade(
             "answers": answers[i],
             "edit_distance_ratio": [edit_distance_ratio(one, other) for one, other in pairwise(attempts)],
             "changed_answer": not same[first, last] if first and last else first != last,
-            **{name: _plain(other[i][name]) for name in ("level", "subject") if other[i].get(name) is not None},
+            **{name: group for name in ("level", "subject") if (group := _group(other[i].get(name))) is not None},
         }
 
 
-def _plain(value) -> str | int | float:
-    """A level or subject that rollouts are grouped by."""
+def _group(value) -> str | int | float | None:
+    """A level or subject that rollouts are grouped by; `None` if the row has none."""
+    if value is None or value != value:  # NaN
+        return None
     return value if isinstance(value, str | int | float) else str(value)

@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -237,17 +237,20 @@ def _finite(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def parse_json(text: bytes, where: str, remedy: str) -> dict:
+def parse_json(text: bytes, where: str, remedy: str, needed: Set[str] = frozenset()) -> dict:
     """
-    JSON that a command wrote.
+    JSON that a command wrote: an object with the fields that are needed.
 
     Raises:
         `ValueError`: If it is none, as after a power failure.
     """
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if not isinstance(content, dict) or not needed <= content.keys():
+            raise ValueError(f"it has no {', '.join(sorted(needed)) or 'fields'}")
     except ValueError as error:
         raise ValueError(f"{where} is damaged: {error}. {remedy}") from error
+    return content
 
 
 def read_json(file: Path) -> dict:
@@ -268,7 +271,8 @@ def read_rollouts(folder: Path, repair: bool = False) -> list[dict]:
             with file.open("r+b") as handle:
                 handle.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
-            row = parse_json(line, f"'{file}', line {number},", "Remove the line; its rollout is then sampled again.")
+            remedy = "Remove the line; its rollout is then sampled again."
+            row = parse_json(line, f"'{file}', line {number},", remedy, {"index", "sample"})
             rollouts[position(row)] = row
     return sorted(rollouts.values(), key=position)
 

@@ -151,9 +151,13 @@ def read_run(folder: Path) -> Run | None:
 
 
 def is_evaluation(folder: Path) -> bool:
-    """Not the rollouts of a scaling study, nor a collection."""
+    """Not the rollouts of a scaling study, nor a collection, nor another program's settings."""
     file = folder / SETTINGS
-    if not file.exists() or (folder.name in ARMS and (folder.parent / SCALING).exists()):
+    if (
+        not file.exists()
+        or not any(folder.glob("rollouts*.jsonl"))
+        or (folder.name in ARMS and (folder.parent / SCALING).exists())
+    ):
         return False
     return not read_json(file).get("token_ids")
 
@@ -172,7 +176,8 @@ def instruction(evaluation: Evaluation) -> str:
 def _model(settings: dict) -> str:
     """The last part of the model's name; of a checkpoint, with its run."""
     path = Path(settings["model"])
-    return f"{path.parent.name}/{path.name}" if path.name.startswith(("checkpoint-", "_best-")) else path.name
+    is_checkpoint = path.name.startswith(("checkpoint-", "_best-"))
+    return f"{path.parent.name}/{path.name}" if is_checkpoint else path.name or str(path)  # the folder "." has no name
 
 
 def _names(found: Found, evaluations: list[tuple[Path, Evaluation]]) -> list[str]:

@@ -56,9 +56,9 @@ def convert(formula: str) -> Tree | None:
         return None
     try:
         element = convert_to_element(formula[edge:-edge], display="block" if is_display else "inline")
-    except Exception:  # its parser raises many kinds of errors
+        return _tree(element)
+    except Exception:  # its parser raises many kinds of errors, and a tree may be too deep
         return None
-    return _tree(element)
 
 
 def _tree(element: Element) -> Tree | None:

@@ -39,6 +39,7 @@ def browser_data(found: Found, limit: int) -> dict:
             # A given attempt and the instruction after it are part of the prompt.
             problem = -1 - 2 * evaluation.settings.get("num_given_attempts", 0)
             text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][problem]["content"]
+            text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)  # parts of a message
             key = (row.get("problem", text), text)
             rows.append(
                 {

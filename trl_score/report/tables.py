@@ -182,7 +182,7 @@ def level_rows(evaluations: dict[str, Evaluation]) -> tuple[list[tuple[str, list
 
 
 def _natural(level: str) -> tuple:
-    return (0, float(level), "") if level.replace(".", "", 1).isdigit() else (1, 0.0, level)
+    return (0, float(level), "") if level.replace(".", "", 1).isdecimal() else (1, 0.0, level)
 
 
 # --- statistics ---
