@@ -229,6 +229,14 @@ def test_a_configuration_may_have_numbers_for_texts_and_texts_for_numbers(tmp_pa
     assert parsed.limit is None and parsed.extra_body == {"top_k": -1} and parsed.trust_remote_code is False
 
 
+def test_the_home_folder_is_found_also_where_no_shell_expands_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("output_dir: ~/results")
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--model=~/model"]
+    (parsed,) = Parser((EvaluateArguments,), "evaluate").parse_args_and_config(arguments)
+    assert parsed.output_dir == f"{tmp_path}/results" and parsed.model == f"{tmp_path}/model"
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["configs"], ["configs", "--help"]])
 def test_a_reader_that_has_read_enough_is_no_error(arguments, unbuffered):

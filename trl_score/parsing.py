@@ -5,6 +5,7 @@ help that shows this package's options first.
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -99,6 +100,8 @@ class Parser(TrlParser):
         if not return_remaining_strings and fail_with_unknown_args:
             self.refuse(of_file, "in the configuration", launch_options() if of_file and self.launched else ())
             self.refuse(of_line)
+        for each in parsed:  # a shell expands `--model ~/m`, but not `--model=~/m`, nor what stands in a file
+            vars(each).update({k: os.path.expanduser(v) for k, v in vars(each).items() if str(v).startswith("~/")})
         for names in self.needed:
             if not any(getattr(each, name, None) is not None for each in parsed for name in names):
                 shown = " or ".join(f"--{name}" for name in names)
