@@ -359,6 +359,13 @@ def test_metric_computes_in_double_precision(tmp_path):
     )
 
 
+def test_an_attempt_that_is_half_right_is_wrong_in_the_test(tmp_path):
+    """Eight from 0 to a half and none back; everywhere else an attempt is right from 1 on."""
+    metric = hf_evaluate.load(METRIC, cache_dir=str(tmp_path))
+    assert metric.compute(predictions=[[0, 0.5]] * 8)["mcnemar_p"] == 1.0
+    assert metric.compute(predictions=[[0, 1]] * 8)["mcnemar_p"] == 2 / 2**8
+
+
 def test_metric_gathers_over_processes(tmp_path):
     """Two processes, each with half of the rollouts: the first gets the metric of all."""
     code = (

@@ -55,6 +55,6 @@ class SelfCorrection(evaluate.Metric):
         return {
             **values,
             "correction_rate": values["delta_i_to_c"] / wrong if wrong else None,
-            "mcnemar_p": mcnemar(correct[:, 0].bool().tolist(), correct[:, -1].bool().tolist()),
+            "mcnemar_p": mcnemar((correct[:, 0] >= 1).tolist(), (correct[:, -1] >= 1).tolist()),
             "num_rollouts": len(predictions),
         }
