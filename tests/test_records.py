@@ -394,6 +394,14 @@ def test_a_damaged_line_is_named(tmp_path, damaged):
         load_evaluation(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "summary.json"])
+def test_files_of_another_program_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"holds (rollouts|a summary\.json), but no settings.json"):
+        evaluate(BASE, tmp_path)
+    assert (tmp_path / name).read_text() == "{}"
+
+
 def test_damaged_settings_are_named(tmp_path):
     Store(tmp_path, {"weights": "1"}, ["a"]).add([{"index": 0, "sample": 0}])
     (tmp_path / "settings.json").write_text("null")

@@ -110,8 +110,9 @@ class Store:
     def _open(self) -> None:
         file = self.folder / SETTINGS
         if not file.exists():
-            if any(self.folder.glob("rollouts*.jsonl")):
-                self._refuse(f"rollouts, but no {SETTINGS} that says of what")
+            for what, pattern in (("rollouts", "rollouts*.jsonl"), (f"a {SUMMARY}", SUMMARY)):
+                if any(self.folder.glob(pattern)):  # perhaps another program's
+                    self._refuse(f"{what}, but no {SETTINGS} that says of what")
             return
         before = read_json(file)
         if "weights" not in before:
