@@ -270,6 +270,21 @@ def test_options_of_the_card_repeat_the_run(make_adapter_trainer, tmp_path):
     }
 
 
+def test_options_of_the_card_are_whole_with_code_in_the_instruction(make_arithmetic_trainer, tmp_path, monkeypatch):
+    """A line of three backticks ends a block that three began. The folder of the run is the current one, which has no name."""
+    monkeypatch.chdir(tmp_path)
+    instruction = "Check it. Reply with one block:\n```python\n...\n```\nNothing else."
+    trainer = make_arithmetic_trainer(max_steps=1, output_dir=".", correction_instruction=instruction)
+    trainer.task = trainer.eval_task = "arithmetic"
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    text = Path("README.md").read_text()
+    options = re.search(r"^(`+)yaml\n(.*?)^ {0,3}\1`*$", text, re.S | re.M)[2]
+    assert yaml.safe_load(options)["correction_instruction"] == instruction and yaml.safe_load(options)["seed"] == 42
+    assert ModelCard.load("README.md").data.model_name == tmp_path.name
+
+
 @pytest.mark.parametrize(
     "modules", [r".*\.(q_proj|v_proj)", ["q_proj"], ["q_proj", "v_proj"]], ids=["expression", "one", "two"]
 )

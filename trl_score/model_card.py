@@ -187,7 +187,8 @@ def write_model_card(path: Path, trainer: "SCoReTrainer") -> None:
     if card.data.base_model is None:  # a local base model has no name that means anything elsewhere
         before = before.replace("of [None](https://huggingface.co/None)", "of a local model")
     card.text = f"{before}{section}\n\n## Training procedure{after}"
-    _describe(card.data, trainer, evaluations, path.parent.name)
+    card.data.model_name = card.data.model_name or path.resolve().parent.name  # of the folder "."
+    _describe(card.data, trainer, evaluations)
     card.save(path)
     write_json(path.parent / RUN, {"settings": settings})
 
@@ -211,7 +212,7 @@ def own_card(output_dir: str | Path, folder: str | Path):
             shutil.copy(output_dir / name, folder / name)
 
 
-def _describe(data: ModelCardData, trainer: "SCoReTrainer", evaluations: dict, folder: str) -> None:
+def _describe(data: ModelCardData, trainer: "SCoReTrainer", evaluations: dict) -> None:
     """The metadata for the Hub: what TRL leaves out, and the results."""
     if hasattr(data, "licence"):  # TRL's placeholder, in another spelling than the Hub's
         del data.licence
@@ -247,7 +248,7 @@ def _describe(data: ModelCardData, trainer: "SCoReTrainer", evaluations: dict, f
                     metric_value=round(last[f"accuracy_t{k + 1}"]["value"], 4),
                 )
             )
-    data["model-index"] = eval_results_to_model_index(data.model_name or folder, entries)
+    data["model-index"] = eval_results_to_model_index(data.model_name, entries)
 
 
 @functools.cache
