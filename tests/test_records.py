@@ -182,6 +182,15 @@ def test_a_model_in_memory_is_told_by_its_weights(tmp_path):
         evaluate(TransformersSampler(model), tmp_path)
 
 
+def test_a_model_in_memory_is_told_by_its_end_tokens(tmp_path):
+    """As the end tokens in `generation_config.json` of a folder are: attempts end elsewhere."""
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    evaluate(model, tmp_path)
+    model.generation_config.eos_token_id = [model.generation_config.eos_token_id, 5]
+    with pytest.raises(ValueError, match="holds another evaluation: weights"):
+        evaluate(model, tmp_path, limit=8)
+
+
 def test_an_adapter_in_memory_is_told_on_and_off():
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(BASE)

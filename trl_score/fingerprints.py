@@ -153,9 +153,10 @@ def _digest(file: Path, size: int, modified: int) -> str:
 
 
 def of_model(model: PreTrainedModel | PeftModel) -> str:
-    """Fingerprint of a model in memory: its configuration, its weights, and which adapters are on."""
+    """Fingerprint of a model in memory: its configuration, its end tokens, its weights, and which adapters are on."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_THE_FUNCTION}
-    digest = hashlib.sha256(fingerprint(config).encode())
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    digest = hashlib.sha256(fingerprint(config, ends).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         if not isinstance(value, Tensor):
