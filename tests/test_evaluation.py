@@ -303,6 +303,17 @@ def test_a_task_that_does_not_grade_each_attempt_is_refused(rewards, got):
         list(grade(Own(), rows, [["1", "2"]] * 4))
 
 
+def test_a_sampler_that_leaves_out_attempts_is_refused(monkeypatch):
+    """With one attempt each there would be no correction to measure, and no word."""
+    sampler = TransformersSampler(BASE)
+    sample = sampler.sample
+    monkeypatch.setattr(sampler, "sample", lambda *arguments: [row[:1] for row in sample(*arguments)])
+    with pytest.raises(
+        ValueError, match=r"returned 4 rows of \[1\] attempts .* must return a row of 2 for each prompt"
+    ):
+        evaluate_self_correction(sampler, "arithmetic", **SETTINGS | {"limit": 4})
+
+
 def test_a_single_attempt_has_its_own_metrics():
     summary = summarize([rollout(i, [i > 0]) for i in range(4)])
     assert list(summary["metrics"]) == ["accuracy_t1", "truncated_t1", "num_tokens_t1"]

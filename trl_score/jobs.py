@@ -271,6 +271,11 @@ def _sample_batch(
     offset = len(instructions) % step
     decoding = Decoding(job.temperature, job.top_p, job.max_completion_length)
     sampled = sampler.sample(prompts, instructions, decoding, seed_of(job.seed, batch), given)
+    if list(map(len, sampled)) != [len(instructions) + 1] * len(prompts):
+        raise ValueError(
+            f"`{type(sampler).__name__}.sample` returned {len(sampled)} rows of {sorted(set(map(len, sampled)))} attempts for "
+            f"{len(prompts)} prompts and {len(instructions)} instructions. It must return a row of {len(instructions) + 1} for each prompt."
+        )
     rollouts = []
     for (index, sample), prompt, texts in zip(batch, prompts, sampled, strict=True):
         attempts = texts[offset::step]
