@@ -228,6 +228,13 @@ def test_metrics_are_those_worked_by_hand():
     assert summary["by_level"]["1"]["accuracy_t2"]["value"] == pytest.approx(2 / 3)
 
 
+def test_cut_off_attempts_are_counted_also_where_tokens_are_not():
+    """An endpoint without `usage`."""
+    rows = [rollout(i, [True, True], num_tokens=[None, None], truncated=[i == 0, False]) for i in range(4)]
+    metrics = summarize(rows)["metrics"]
+    assert metrics["truncated_t1"]["value"] == 0.25 and not {"truncated_t2", "num_tokens_t1"} & metrics.keys()
+
+
 def test_samples_of_a_problem_are_averaged_before_problems_are():
     rows = [rollout(0, [False, True], s) for s in range(3)] + [rollout(1, [False, False], 0)]
     assert summarize(rows)["metrics"]["accuracy_t2"]["value"] == 0.5

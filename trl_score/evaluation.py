@@ -186,8 +186,11 @@ def _metrics(rollouts: list[dict], only: str = "") -> dict[str, dict[str, float 
         values["edit_distance_ratio"] = np.array([np.mean(row["edit_distance_ratio"]) for row in rollouts])
         values["changed_answers"] = np.array([row["changed_answer"] for row in rollouts], float)
     for k in range(correct.size(1)):
-        if all(row["num_tokens"][k] is not None for row in rollouts):
-            values[f"truncated_t{k + 1}"] = np.array([row["truncated"][k] for row in rollouts], float)
+        counted = all(row["num_tokens"][k] is not None for row in rollouts)
+        truncated = [row["truncated"][k] for row in rollouts]
+        if counted or any(truncated):  # an endpoint may count no tokens and say all the same what was cut off
+            values[f"truncated_t{k + 1}"] = np.array(truncated, float)
+        if counted:
             values[f"num_tokens_t{k + 1}"] = np.array([row["num_tokens"][k] for row in rollouts], float)
     values = {name: value for name, value in values.items() if name.startswith(only)}
     # Mean over the samples of each problem, (P, M).
