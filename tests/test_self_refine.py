@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl_score import cli, evaluate_self_correction
 from trl_score.evaluation import load_evaluation
 from trl_score.report import write_report
+from trl_score.report.tables import paired_difference
 from trl_score.rollout import Bridge
 from trl_score.sampling import Attempt, EndpointSampler, Sampler, TransformersSampler
 from trl_score.tasks import TASKS, Arithmetic, Task, get_task
@@ -103,6 +104,15 @@ def test_offline_repair_asks_for_feedback_on_the_given_attempt():
     )
     assert row["feedback"] == ["that is C", "fine"] and row["feedback_num_tokens"] == [10, 12]
     assert row["num_tokens"] == [None, 11, 13]
+
+
+def test_offline_repair_with_another_instruction_is_at_the_same_problems():
+    plain = evaluate_self_correction(Scripted("C"), Repair())
+    asked = evaluate_self_correction(Scripted("A"), Repair(), correction_instruction="Is it right?")
+    refined = evaluate_self_correction(Scripted("fine", "A"), Repair(), self_refine=True)
+    for other in (asked, refined):
+        found, number = paired_difference(plain, other)
+        assert number == len(plain.rollouts) and found["accuracy_t2"]["value"] == 0.5  # "A" at one of two problems
 
 
 def test_a_plain_evaluation_asks_as_it_did():

@@ -172,12 +172,12 @@ class Plan:
         return cls(job, task, cache(partial(open_model, model, **settings)), limit, output_dir)
 
     def rows(self) -> Dataset:
-        """The problems. A prompt of offline repair ends with the first turn."""
-        rows, job = self.task.load(self.job.split), self.job
-        if len(rows) == 0:
-            raise ValueError(f"The split '{job.split}' of '{self.task.name}' has no problems. Take another split.")
-        check_prompts(f"The split '{job.split}' of '{self.task.name}'", rows)
-        rows = first(rows.shuffle(seed=job.seed) if self.shuffled else rows, self.limit)
+        """The problems, as the model is asked."""
+        return self.asked(self.problems())
+
+    def asked(self, rows: Dataset) -> Dataset:
+        """Problems as the model is asked: a prompt of offline repair ends with the first turn."""
+        job = self.job
         if job.num_given_attempts:
             asked = self.instructions(rows) or [job.turns[0]] * len(rows)
             rows = rows.map(
@@ -185,6 +185,14 @@ class Plan:
                 with_indices=True,
             )
         return rows
+
+    def problems(self) -> Dataset:
+        """The problems, as the task gives them."""
+        rows, job = self.task.load(self.job.split), self.job
+        if len(rows) == 0:
+            raise ValueError(f"The split '{job.split}' of '{self.task.name}' has no problems. Take another split.")
+        check_prompts(f"The split '{job.split}' of '{self.task.name}'", rows)
+        return first(rows.shuffle(seed=job.seed) if self.shuffled else rows, self.limit)
 
     def instructions(self, rows: Dataset) -> list[str] | None:
         """
@@ -223,8 +231,9 @@ def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
     """
     task = plan.task
     identity, make_sampler = plan.open()
-    rows = plan.rows()
-    problems = fingerprints.of_rows(rows)
+    given = plan.problems()
+    problems = fingerprints.of_rows(given)  # the same for every instruction, so that evaluations can be compared
+    rows = plan.asked(given)
     found = {"num_problems": len(rows), "data": fingerprints.fingerprint(problems), "grader": task.grader}
     job = replace(plan.job, **identity, **found)
     by_problem = plan.instructions(rows)
