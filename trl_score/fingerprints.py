@@ -52,9 +52,7 @@ def of_grader(grader: Callable) -> str:
     """
     grader = inspect.unwrap(grader)
     if isinstance(grader, functools.partial):
-        arguments = re.sub(
-            r" at 0x\w+", "", repr((grader.args, grader.keywords))
-        )  # of a function, without its address
+        arguments = re.sub(r" at 0x\w+", "", repr((grader.args, grader.keywords)))  # functions without their addresses
         return f"{of_grader(grader.func)} {fingerprint(arguments)}"
     grader = grader if hasattr(grader, "__qualname__") else type(grader)
     name = grader.__qualname__

@@ -21,16 +21,8 @@ CONFIGS = Path(__file__).parent / "configs"
 """Folder of the configurations that come with the package."""
 METHOD, MOST_USED = "The method", "Training (the options of TRL that are used most)"
 ORDER = ("Problems", "Baseline", METHOD, "Model", "Attempts", MOST_USED)  # of the groups in a help; then the others
-OF_YAML = {
-    bool,
-    int,
-    float,
-    str,
-    list,
-    dict,
-    NoneType,
-    Any,
-}  # types of options whose values in a configuration are checked
+# Types of options whose values in a configuration are checked.
+OF_YAML = {bool, int, float, str, list, dict, NoneType, Any}
 OURS = "SCoReConfig"  # the class whose own fields are the method's
 # The model of a command that trains, and of one that samples.
 OTHER_COMMANDS = {"--model": "--model_name_or_path", "--model_name_or_path": "--model"}

@@ -26,9 +26,8 @@ NO_SPACES = dict.fromkeys(map(ord, "\ufeff\u200b\u2060"))
 # --- the statements of a piece of code ---
 
 KEYWORDS = r"(?:and|or|not|in|is|if|else|for|lambda|await|as)\b"
-NO_PROSE = (
-    rf"(?!.*\b(?!{KEYWORDS}|(?:return|raise)\b)[A-Za-z_]\w*[ ]+(?!{KEYWORDS})[A-Za-z])"  # two words side by side
-)
+# No two words side by side.
+NO_PROSE = rf"(?!.*\b(?!{KEYWORDS}|(?:return|raise)\b)[A-Za-z_]\w*[ ]+(?!{KEYWORDS})[A-Za-z])"
 MODULES = r"[\w.]+(?:\s+as\s+\w+)?"
 TARGET = r"[A-Za-z_][\w.]*(?:\[[^\]=\n]*\])*"
 # A line that can start a statement at the top level.

@@ -66,9 +66,8 @@ TAGGED = re.compile(r"<answer>((?:(?!</?answer>)[\s\S]){1,1000})</answer>", re.I
 BULLET = re.compile(r"\s*[-*•]\s+")  # of a list, here of one point
 # Of a model whose tokenizer takes them for text.
 END_TOKENS = re.compile(r"(?:\s*(?:<\|\w+\|>|</?s>|<(?:end_of_turn|eos|pad)>))+\s*$")
-HEADING = re.compile(
-    rf"\s*\d{{1,2}}[.)]\s+[^\W\d]|(?!{DIRECT.pattern})"
-)  # with text below it: "#### 1. Add", "#### Solution"
+# With text below it: "#### 1. Add", "#### Solution".
+HEADING = re.compile(rf"\s*\d{{1,2}}[.)]\s+[^\W\d]|(?!{DIRECT.pattern})")
 FENCE = re.compile(r"^\s*(?:`{3}\w*|</?\w+>|<\|\w+\|>|[}\]\\]?)\s*$")
 
 # --- parts of one answer, and alternatives to it ---
