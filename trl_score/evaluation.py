@@ -187,7 +187,7 @@ def _metrics(rollouts: list[dict], only: str = "") -> dict[str, dict[str, float 
         values["changed_answers"] = np.array([row["changed_answer"] for row in rollouts], float)
     for k in range(correct.size(1)):
         counted = all(row["num_tokens"][k] is not None for row in rollouts)
-        truncated = [row["truncated"][k] for row in rollouts]
+        truncated = ["truncated" in row and row["truncated"][k] for row in rollouts]
         if counted or any(truncated):  # an endpoint may count no tokens and say all the same what was cut off
             values[f"truncated_t{k + 1}"] = np.array(truncated, float)
         if counted:
