@@ -3,8 +3,8 @@ Small tasks for small language models, made from nothing but this file: short an
 
     trl-score evaluate --task examples/experiments/language_tasks.py:Facts --model HuggingFaceTB/SmolLM2-135M-Instruct ..
 
-`Facts` asks for common knowledge. `Lists` asks for a short list, sorted, reversed or without its duplicates. docs/language_models.md
-has what SCoRe does on them.
+`Facts` asks for common knowledge. `Lists` asks for a short list, sorted, reversed or without its duplicates, `SixNumbers` for six
+numbers in order. docs/language_models.md has what SCoRe does on them.
 """
 
 import random
@@ -201,6 +201,17 @@ class Lists(Task):
             float(self.answer(attempt[-1]["content"]) == right)
             for attempt, right in zip(completions, gold, strict=True)
         ]
+
+
+class SixNumbers(Lists):
+    """Six numbers to sort. The question says how to write the answer, so that few errors are errors of form."""
+
+    questions = {
+        "sort": "Sort these numbers in ascending order: {}. Answer with the numbers only, separated by commas."
+    }
+
+    def __init__(self):
+        super().__init__("sort", length=6)
 
 
 def _chat(question: str, system: str | None = None) -> list[dict]:
