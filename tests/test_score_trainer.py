@@ -607,8 +607,9 @@ def test_subclass_can_be_used_with_any_dataset_column(make_letters_trainer):
         seen.extend(tags)
         return [1.0] * len(completions)
 
-    trainer = make_letters_trainer(reward)
-    trainer.train_dataset = Dataset.from_dict({"prompt": ["a"] * 4, "tags": [["x", "y"]] * 4})
+    of = make_letters_trainer()
+    rows = Dataset.from_dict({"prompt": ["a"] * 4, "tags": [["x", "y"]] * 4})
+    trainer = SCoReTrainer(of.model, reward, of.args, train_dataset=rows, processing_class=of.processing_class)
     rollouts(trainer, rows=4)
     assert seen == [["x", "y"]] * 8
     assert isinstance(trainer, SCoReTrainer)
