@@ -31,6 +31,7 @@ def check_unsupported(**arguments):
 
 # --- data ---
 
+STREAMED_ROWS = 100  # read from a streamed dataset to check it
 # What a reward function gets besides the columns of the dataset. TRL leaves out a column `completion_ids` by itself.
 KEYWORDS = {
     "attempt": "is told which attempt it grades",
@@ -59,9 +60,6 @@ def check_datasets(train_dataset, eval_dataset, args: SCoReConfig):
     if args.offline_first_attempts > 0:
         check_first_attempts(train_dataset)
     check_number_of_problems(train_dataset, args)
-
-
-STREAMED_ROWS = 100  # read from a streamed dataset to check it
 
 
 def column_of(dataset: Dataset | IterableDataset, name: str) -> Iterable:
@@ -131,6 +129,7 @@ def check_prompts(name: str, dataset: Dataset | IterableDataset):
 
 def check_reward_functions(reward_funcs, train_dataset, eval_dataset, args: SCoReConfig):
     """Every reward function can be called as TRL calls it, with the columns of each dataset."""
+    named = {name: next(iter(dataset)).keys() for name, dataset in named_datasets(train_dataset, eval_dataset).items()}
     for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if isinstance(func, str | nn.Module):
             continue
@@ -141,8 +140,8 @@ def check_reward_functions(reward_funcs, train_dataset, eval_dataset, args: SCoR
             )
         if (signature := signature_of(func)) is None:
             continue
-        for name, dataset in named_datasets(train_dataset, eval_dataset).items():
-            columns = next(iter(dataset)).keys() - {"prompt", "completion", "completion_ids"}  # as TRL
+        for name, columns in named.items():
+            columns = columns - {"prompt", "completion", "completion_ids"}  # as TRL
             if args.remove_unused_columns:
                 columns &= {"correction_instruction", "first_attempts"}
             keywords = KEYWORDS.keys() | {"completion_ids"} | columns

@@ -15,16 +15,8 @@ BUSY = {429, 502, 503, 504}  # status codes of a server that has too much to do
 WAITS = (1, 2, 4, 8, 16)  # seconds before it is asked again, where it does not say how long
 LONGEST_WAIT = 60
 MOST_SAID = 500  # characters of what a server says in an error
-OWN = (
-    "messages",
-    "model",
-    "temperature",
-    "top_p",
-    "max_tokens",
-    "seed",
-    "n",
-    "stream",
-)  # fields that the sampler needs as they are
+# Fields of a request that the sampler sets itself.
+OWN = ("messages", "model", "temperature", "top_p", "max_tokens", "seed", "n", "stream")
 
 
 class EndpointSampler(Sampler):
@@ -71,11 +63,11 @@ class EndpointSampler(Sampler):
         self.name, self.max_concurrency = model, max_concurrency
         self.chat_template_kwargs, self.extra_body = chat_template_kwargs or {}, extra_body or {}
         self.where = address(base_url, **kwargs)
-        self.identity()  # refuses what `extra_body` must not have
+        self._identity = endpoint_identity(self.where, self.chat_template_kwargs, self.extra_body)
         self.client = InferenceClient(base_url=base_url, **kwargs) if base_url else InferenceClient(model, **kwargs)
 
     def identity(self) -> dict:
-        return endpoint_identity(self.where, self.chat_template_kwargs, self.extra_body)
+        return self._identity
 
     def length(self, prompt: str | list[dict]) -> int:
         return len(str(prompt))
