@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_score import evaluate_self_correction
 from trl_score.evaluation import Evaluation, load_evaluation, summarize, table
-from trl_score.jobs import grade
+from trl_score.jobs import by_prompt_length, grade
 from trl_score.metrics import bootstrap_intervals, mcnemar
 from trl_score.sampling import Decoding, EndpointSampler, TransformersSampler, VLLMSampler
 from trl_score.sandbox import Sandbox
@@ -398,6 +398,48 @@ def test_metric_gathers_over_processes(tmp_path):
 
 
 # --- where attempts come from ---
+
+
+class ByLength(TransformersSampler):
+    """Takes the given lengths for those of the prompts, and remembers the lengths in each batch."""
+
+    def __init__(self, lengths):
+        super().__init__(BASE)
+        self.lengths, self.batches = lengths, []
+
+    def length(self, prompt):
+        return self.lengths[prompt[-1]["content"]]
+
+    def sample(self, prompts, *args, **kwargs):
+        self.batches.append([self.length(prompt) for prompt in prompts])
+        return super().sample(prompts, *args, **kwargs)
+
+
+def test_a_long_prompt_does_not_pad_the_others():
+    """As MBPP's problem with a test of 4,000 tokens, among problems of 700: the other rows of its batch would be padding."""
+    task = Arithmetic()
+    problems = [prompt[-1]["content"] for prompt in task.load("test")["prompt"][:7]]
+    sampler = ByLength(dict(zip(problems, [11, 900, 12, 10, 901, 9, 4000], strict=True)))
+    whole = evaluate_self_correction(sampler, task, **SETTINGS | {"batch_size": 3, "limit": 7})
+    assert sampler.batches == [[4000], [901, 900], [12, 11, 10], [9]]
+    assert whole.rollouts == evaluate_self_correction(BASE, task, **SETTINGS | {"limit": 7}).rollouts
+
+
+def test_batches_hold_each_rollout_once_and_are_padded_to_at_most_twice_a_prompt():
+    random = np.random.default_rng(0)
+    for size in (1, 4, 32):
+        lengths = (random.lognormal(5, 1, 200) + 1).astype(int).tolist()
+        rollouts = [(index, sample) for index in range(200) for sample in range(2)]
+        batches = by_prompt_length(rollouts, lengths, size)
+        assert sorted(rollout for batch in batches for rollout in batch) == rollouts
+        longest = [max(lengths[index] for index, _ in batch) for batch in batches]
+        assert longest == sorted(longest, reverse=True)
+        assert all(len(batch) <= size for batch in batches)
+        assert all(
+            2 * lengths[index] >= most for batch, most in zip(batches, longest, strict=True) for index, _ in batch
+        )
+        splits = sum(len(batch) < size for batch in batches)
+        assert splits <= 1 + np.log2(max(lengths) / min(lengths))
 
 
 def test_vllm_gets_tokens_and_gives_tokens(monkeypatch):

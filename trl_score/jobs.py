@@ -223,8 +223,8 @@ class Plan:
 @keep_random_state()
 def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
     """
-    Sample and grade the rollouts of a plan that are not in its folder yet, in batches of similar prompt length, longest first.
-    Batches are divided among the processes. If nothing is missing, no model is loaded.
+    Sample and grade the rollouts of a plan that are not in its folder yet. Batches are divided among the processes. If nothing is
+    missing, no model is loaded.
 
     Returns:
         The job with the identity of model and problems, and its rollouts.
@@ -243,12 +243,11 @@ def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
     todo = [(index, sample) for index in range(len(rows)) for sample in range(job.num_samples)]
     if len(store.done) == len(todo):
         return job, store
-    sampler, prompts, size = make_sampler(), rows["prompt"], job.batch_size
+    sampler, prompts = make_sampler(), rows["prompt"]
     lengths = [sampler.length(prompt) for prompt in prompts]
-    todo.sort(key=lambda item: (-lengths[item[0]], item))
-    own = range(store.state.process_index * size, len(todo), store.state.num_processes * size)
-    for start in tqdm(own, desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
-        batch = todo[start : start + size]
+    batches = by_prompt_length(todo, lengths, job.batch_size)
+    own = batches[store.state.process_index :: store.state.num_processes]
+    for batch in tqdm(own, desc=f"{task.name}: {len(todo)} rollouts", unit="batch"):
         missing = [i for i, item in enumerate(batch) if item not in store.done]
         if missing:
             # Sampled with the whole batch, so that an interrupted run ends with the rollouts of an uninterrupted one.
@@ -266,6 +265,22 @@ def sample_rollouts(plan: Plan) -> tuple[Job, Store]:
                     del record["token_ids"]
             store.add(records)
     return job, store
+
+
+def by_prompt_length(
+    rollouts: list[tuple[int, int]], lengths: list[int], batch_size: int
+) -> list[list[tuple[int, int]]]:
+    """
+    Batches of at most `batch_size` rollouts, given as problem and sample, with the longest prompts first. Each prompt is at least
+    half as long as the longest of its batch, so that one long prompt does not pad the others.
+    """
+    batches = []
+    for rollout in sorted(rollouts, key=lambda rollout: (-lengths[rollout[0]], rollout)):
+        length = lengths[rollout[0]]
+        if not batches or len(batches[-1]) == batch_size or 2 * length < lengths[batches[-1][0][0]]:
+            batches.append([])
+        batches[-1].append(rollout)
+    return batches
 
 
 def _sample_batch(
