@@ -282,19 +282,67 @@ FREE = {  # what is not the gold answer, though its number is in it: (gold, answ
     "rounding": [(r"\frac13", ["0.3333", "0.33334"]), (r"\pi", ["3.14", "3.1417"]), (r"\sqrt2", ["1.4143"]), ("10000", ["10001"]), ("123456", ["123456.5"])],
     "notation": [(r"0.\overline{3}", ["0.3"]), ("101_2", ["101_3"]), (r"3\pmod 7", [r"3\pmod 5"]), ("5:15 p.m.", ["5:15 a.m.", "5:15"]), ("5", ["5 p.m."])],
 }  # fmt: skip
+BOTH_CASES = [  # problem, gold, right and wrong answers
+    (None, "R-r", ["-r+R", "(R-r)"], ["r-R"]),
+    (None, r"\frac{S_1}{s_1}", ["S_1/s_1"], ["s_1/S_1", r"\frac{s_1}{S_1}"]),
+    (
+        "Two circles have radii $R > r$. What is the length of the smaller one?",
+        r"2\pi r",
+        [r"\pi \cdot 2 r"],
+        [r"2\pi R", r"2R\pi"],
+    ),
+    ("Factor $R^2-r^2$.", "(R-r)(R+r)", ["(R+r)(R-r)"], ["R^2-r^2", "(r-R)(R+r)"]),
+    (
+        r"What is its radius, in $\triangle ABC$ with sides $a$, $b$, $c$?",
+        r"\frac{abc}{4S}",
+        [r"\frac{bac}{4S}"],
+        [r"\frac{ABC}{4S}"],
+    ),
+    ("Which is larger, $A$ or $a$?", "A", ["A"], []),
+    ("Double $x$.", "2x", ["2X"], []),
+]
+
+
+@pytest.mark.parametrize(("problem", "gold", "right", "wrong"), BOTH_CASES)
+def test_capital_letters_are_others_where_the_problem_has_both(problem, gold, right, wrong):
+    """math-verify makes small letters of all of them."""
+    assert [each for each in right if not is_correct(rf"\boxed{{{each}}}", gold, problem)] == []
+    assert [each for each in wrong if is_correct(rf"\boxed{{{each}}}", gold, problem)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("The answer is not 17 but 18.", "18", "17"),
+        ("The answer is not $17$, but rather $18$.", "18", "17"),
+        ("The answer is not 17 but more than 18.", "", "18"),
+        ("Ans: 12", "12", "1"),
+        ("Ans. 12", "12", "1"),
+        ("The answer is 12 (apples).", "12", "1"),
+        ("The answer is 12 (or 13).", "", "12"),
+        ("The answer is 5 (million).", "", "5"),
+        ("The answer is 5 (x).", "", "5"),
+    ],
+)
+def test_what_is_said_beside_an_answer(text, right, wrong):
+    assert not is_correct(text, wrong) and (not right or is_correct(text, right))
+
+
 WITHHELD = {  # the gold answer in other forms
     "solved equations": [("6", ["x=6", "f(2)=6", "a+b=6", "AB=6", r"\angle ABC = 6^\circ", r"\text{Area}=6", "x = 2+4 = 6", "6=x", "a_{10}=6"]),
                          ("(1,2)", ["(x,y)=(1,2)", "x=1, y=2"])],
     "equal equations": [("x+y=1", ["2x+2y=2", "y=1-x", "x+y-1=0", "1=y+x"]), ("6x-4y=12", ["3x-2y=6"]), ("y=2x+3", ["y-2x=3", "2x+3=y"])],
-    "number words": [("5000000", ["5 million", r"5\text{ million}", r"\$5 \text{ million}", "5 million dollars"]), ("60", ["5 dozen"]), ("4", ["four", r"\mbox{four}"])],
+    "number words": [("5000000", ["5 million", r"5\text{ million}", r"\$5 \text{ million}", "5 million dollars"]), ("60", ["5 dozen"]), ("4", ["four", r"\mbox{four}"]),
+                     ("42", ["forty-two", "forty two", "Forty-two"]), ("100", ["one hundred"]), (r"\frac12", ["one half", "half"]), (r"\frac23", ["two-thirds"])],
     "functions": [("3", [r"\log_2 8", r"\log_2(8)", "log_2(8)", r"\log_{2}8"]), (r"\frac12", [r"\sin 30^\circ", "cos(60°)", "sin(pi/6)"]), (r"\ln x", ["ln(x)", "ln x"]),
                   (r"\frac{\pi}{2}", ["pi/2", "π/2"]), (r"2\sqrt{3}", ["2sqrt(3)", "2*sqrt(3)", "2√3", r"\sqrt{12}"]), (r"\sqrt{x+1}", ["sqrt(x+1)"]),
-                  (r"\arctan x", ["arctan(x)", "atan(x)", r"\operatorname{arctan}(x)"]), ("e^{-x}", ["e^(-x)", "exp(-x)"])],
+                  (r"\arctan x", ["arctan(x)", "atan(x)", r"\operatorname{arctan}(x)"]), ("-2", [r"\sqrt[3]{-8}"]), ("e^{-x}", ["e^(-x)", "exp(-x)"])],
     "matrices": [(r"\begin{pmatrix}1\\2\end{pmatrix}", [r"\begin{bmatrix} 1 \\[6pt] 2 \end{bmatrix}", r"\begin{pmatrix}1\\[0.5em]2\end{pmatrix}"])],
     "articles": [(r"\text{ellipse}", ["an ellipse", r"\text{an ellipse}", "The ellipse"]), (r"\text{a circle}", ["circle"])],
     "sentences": [("12", ["It will take 12 days", "She can buy 12 pens", "= 12", r"\text{Total} = 3 \times 4 = 12", "12/day", r"\$12/\text{hour}", "twelve"]), ("18", ["eighteen"])],
     "units": [("5", [r"5\,\text{cm}", "5~cm", r"5\,\mathrm{cm}^2", "5\u2009cm", r"5\,\frac{\text{m}}{\text{s}}", r"5 \mathrm{~cm}", "5%", r"5\,\%", "5 sq. ft"]),
-              ("10", ["10 m/s", "10 km/h", "10 ft/s^2", "10 square feet", r"10\text{ m}/\text{s}", "10°C", "10 USD", "10 lbs.", "10cents", "10 L"]), (r"3\pi", ["3pi square units"])],
+              ("10", ["10 m/s", "10 km/h", "10 ft/s^2", "10 square feet", r"10\text{ m}/\text{s}", "10°C", "10 USD", "10 lbs.", "10cents", "10 L", "10 kPa", "10 kWh"]),
+              ("12", ["12 (apples)", r"12\text{ (apples)}", r"12\ (\text{cm}^2)"]), ("3m", ["3 m", r"3\,m"]), (r"3\pi", ["3pi square units"])],
     "subscripts": [("x_1^2", ["x^2_1", "x^{2}_{1}", "x_{1}^2"]), ("a_1+a_2", ["a_2+a_1"])],
     "repeating decimals": [(r"\frac13", [r"0.\overline{3}", r"0.\bar{3}", r"0.\dot{3}", "0.(3)", "0.333...", r".\overline{3}"]), (r"\frac16", [r"0.1\overline{6}"]), (r"0.\overline{3}", [r"\frac13"])],
     "imaginary unit": [("-1", ["i^2", r"e^{i\pi}"]), ("i-1", ["i(1+i)"]), ("2i", ["(1+i)^2"]), ("-i", ["i^3", "1/i"])],
@@ -302,7 +350,7 @@ WITHHELD = {  # the gold answer in other forms
     "moduli": [("3", [r"3\pmod{7}", r"x\equiv 3\pmod{7}", "3 (mod 7)", r"x \equiv 3 \bmod 7"]), (r"3\pmod 7", ["3", r"n\equiv3\pmod{7}"])],
     "powers of ten": [("5000", ["5e3", "5E3", r"5\times10^3", "5 x 10^3"]), ("0.001", ["1e-3", "10⁻³"])],
     "dashes": [("-5", ["–5", "−5", "—5"]), ("x-3", ["x – 3"])],
-    "inequalities": [(r"(-\infty,-1] \cup [1,\infty)", [r"x\le -1 \text{ or } x\ge 1", "x<=-1 or x>=1"]), ("(1,2)", ["1<x<2", "2>x>1", "x>1 and x<2"]), (r"[4,\infty)", ["x≥4", r"\{x \mid x \ge 4\}"]),
+    "inequalities": [(r"(-\infty,-1] \cup [1,\infty)", [r"x\le -1 \text{ or } x\ge 1", "x<=-1 or x>=1"]), ("(1,2)", ["1<x<2", "2>x>1", "x>1 and x<2"]), ("[-3,5)", ["[-3,5["]), ("(-3,5]", ["]-3,5]"]), (r"[4,\infty)", ["x≥4", r"\{x \mid x \ge 4\}"]),
                      ("1<x<2", ["(1,2)"]), (r"x \in [1,2]", [r"1 \le x \le 2", "[1,2]"]), (r"x\in(-\infty,-1]\cup[1,\infty)", [r"x\le -1 \text{ or } x\ge 1"]),
                      (r"(-\infty,\infty)", [r"\mathbb{R}", r"\text{all real numbers}"])],
     "clock times": [(r"5 \text{ p.m.}", ["5 p.m.", "5pm", "5:00 PM", r"5\text{ pm}"]), (r"5:15 \text{ p.m.}", ["5:15 pm", r"5\!:\!15\,\text{p.m.}"])],
@@ -314,7 +362,7 @@ WITHHELD = {  # the gold answer in other forms
     "marks inside of an answer": [(r"5:30 \text{ p.m.}", ["5:30$ pm$"]), ("5", [r"\mathbf{x = 5}"]), (r"(-\infty,\infty)", [r"\text{All real numbers}"])],
     "spaces and braces in text": [(r"\mathbb{Z}_2", [r"\mathbb Z_2", r"\mathbb{Z}_{2}"]), (r"\text{June 20}", [r"\text{June } 20"])],
     "families of solutions": [(r"x=2 \pi k, k \in \mathbb{Z}", [r"x = 2\pi k, k \in \mathbb{Z}", r"2k\pi, \quad k\in\mathbb Z", r"x=2k\pi"])],
-    "names of values": [("42", [r"\det(A)=42", r"\|v\| = 42", r"V_{\text{max}} = 42", r"x_{\min}=42", r"\lim_{x\to 0} f(x) = 42", r"\operatorname{rank}(A)=42", r"n(A\cup B)=42", "f^{-1}(3)=42"]), ("2x", [r"\frac{dy}{dx}=2x"])],
+    "names of values": [("42", [r"\det(A)=42", r"\|v\| = 42", r"V_{\text{max}} = 42", r"x_{\min}=42", r"\lim_{x\to 0} f(x) = 42", r"\operatorname{rank}(A)=42", r"n(A\cup B)=42", "f^{-1}(3)=42"]), (r"\frac35", [r"\cos A = \frac{3}{5}", r"\sin\angle ABC=\frac35"]), ("2x", [r"\frac{dy}{dx}=2x"])],
     "named values": [("a=1, b=2", ["(a,b)=(1,2)", "(1,2)", "1, 2", "b=2, a=1"]), ("x_1=1, x_2=2", ["x=1 or x=2", "x=1,2", "2, 1", "x_2=2, x_1=1"])],
     "unions": [(r"(-\infty,2)\cup(3,\infty)", [r"(-\infty,2) \text{ or } (3,\infty)"])],
     "bases": [("101_2", ["101_{2}", r"101_{\text{two}}", "101 base 2"])],

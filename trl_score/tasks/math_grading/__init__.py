@@ -17,8 +17,8 @@ from functools import lru_cache
 
 from . import comparing
 from .notation import option, plain
-from .reading import Reading, elements, read
-from .repeating import is_asked, repeats
+from .reading import Reading, elements, in_both_cases, read, with_cases
+from .repeating import FORMULA, is_asked, repeats
 from .stating import MAX_TEXT, after_reasoning, extract_answer, unwrapped
 
 
@@ -111,7 +111,10 @@ def _is_gold(answer: str, gold: str, expected: Reading, problem: str | None) -> 
         return time is not None and _time(gold_time) == _time(time)
     if time and time["half"]:
         return False
-    found = read(answer)
+    cases = in_both_cases(gold, answer, " ".join(map(" ".join, FORMULA.findall(problem or ""))))
+    if cases:
+        expected, problem = read(gold, cases=cases), problem and with_cases(problem, cases)
+    found = read(answer, cases=cases)
     if found.value is None or expected.value is None or not _same_notation(expected, found):
         return False
     value = found.value

@@ -26,7 +26,7 @@ SYMBOLS = str.maketrans(
 
 # --- units ---
 
-SHORT = r"(?:km|cm|mm|dm|nm|kg|mg|gm|lb|lbs|oz|ft|in|yd|mi|hr|hrs|min|sec|ml|mL|mph|kph|km/h|kmh|kmph|m/s|ft/s|cc|rpm|Hz|kHz|sq\.?|cu\.?|USD|pts?)"
+SHORT = r"(?:km|cm|mm|dm|nm|kg|mg|gm|lb|lbs|oz|ft|in|yd|mi|hr|hrs|min|sec|ml|mL|mph|kph|km/h|kmh|kmph|m/s|ft/s|cc|rpm|[kMG]?Hz|[kMG]?Pa|[kMG]?eV|kJ|[kM]W|kWh|kN|k?mol|k?cal|kV|m[VA]|sq\.?|cu\.?|USD|pts?)"
 WORD = rf"(?!(?:{FUNCTIONS}|{LETTERS}|sqrt|and|or|mod|matrix)\b)[a-zA-Z]{{3,}}\.?"
 UNIT = rf"(?:(?:{SHORT}|[msghlL])(?![a-zA-Z])|{WORD})"
 POWER = r"(?:\s*\^\s*\{?\s*-?[1-3]\s*\}?)?"
@@ -35,6 +35,7 @@ UNITS = [
     re.compile(SPACE + r"*\\frac\s*\{\s*\\text\s*\{[^{}]*\}[^{}]*\}\s*\{\s*\\text\s*\{[^{}]*\}[^{}]*\}(?=[\s.]*$)"),
     re.compile(rf"(?<=[\d}})!%.a-zA-Z]){SPACE}*\\text\s*\{{(?!\s*,?\s*(?:and|or)\s*\}})[^{{}}]*\}}{POWER}(?:\s*(?:/|\\cdot)\s*\\text\{{[^{{}}]*\}}{POWER})*{ITEM_END}"),
     re.compile(rf"(?:(?<=[\d}})%])|(?<=\\pi)){SPACE}+{UNIT}{POWER}(?:{SPACE}*(?:/|{SPACE}per{SPACE}|-|{SPACE}){SPACE}*{UNIT}{POWER})*{ITEM_END}"),
+    re.compile(rf"(?<=[\d}}]){SPACE}*(?:\\text\s*\{{\s*)?\(\s*(?!dozen|hundred|thousand|[mbt]r?illion)(?:\\text\s*\{{\s*)?(?:{SHORT}|{WORD}(?:\s+{WORD})?)\s*\}}?{POWER}[\s}}]*\)[\s}}]*$"),  # 12 (apples)
     re.compile(rf"(?<=[\d}})]){SPACE}*{SHORT}{POWER}(?:/{UNIT}{POWER})?(?![a-zA-Z]){ITEM_END}"),
     re.compile(rf"(?<=\d){SPACE}*/{SPACE}*(?:{WORD}|\\text\s*\{{[^{{}}]*\}}){ITEM_END}"),
     re.compile(rf"{SPACE}*\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)(?:{SPACE}*(?:[CF]|\\text\s*\{{\s*[CF]\s*\}})(?![a-zA-Z]))?"),
@@ -47,8 +48,15 @@ UNITS = [
 RANGE = re.compile(r"\$?\s*\d[\d.,]*\s*[–~]\s*\$?\s*\d[\d.,]*")
 COUNTS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty"
+    "nineteen"
 ).split()
+for tens in "twenty thirty forty fifty sixty seventy eighty ninety".split():
+    COUNTS += [tens, *(f"{tens}-{one}" for one in COUNTS[1:10])]
+COUNTS.append("one-hundred")
+PARTS = {
+    **{"half": r"\frac12", "third": r"\frac13", "two-thirds": r"\frac23"},
+    **{"quarter": r"\frac14", "fourth": r"\frac14", "three-quarters": r"\frac34", "three-fourths": r"\frac34"},
+}
 MULTIPLIERS = {
     "dozen": "12",
     "score": "20",
@@ -119,7 +127,9 @@ REWRITES = [
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\^\s*(-\d+)"), r"^{\1}"),
     (re.compile(r"\\backslash(?![a-zA-Z])"), r"\\setminus "),
-    (re.compile(r"^\](.*)\[$"), r"(\1)"),
+    (re.compile(r"^\]([^\[\]]*)(?=[\[\]]$)"), r"(\1"),
+    (re.compile(r"(?<=^[(\[])([^\[\]]*)\[$"), r"\1)"),
+    (re.compile(r"\\sqrt\s*\[\s*(\d*[13579])\s*\]\s*\{\s*-\s*([^{}+-]+)\}"), r"(-\\sqrt[\1]{\2})"),  # read as a complex root
     (re.compile(r"\{:\}"), ":"),
     (re.compile(rf"(?<=\d)\s*\((?:{'|'.join(COUNTS)})\)$"), ""),
     (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|x(?=10\^))"), r"\\times "),
@@ -197,14 +207,16 @@ def without_units(latex: str) -> str:
 
 
 def plain(answer: str) -> str:
-    """Without the marks of text: names are compared by letter."""
+    """Without the marks of text: names are compared by letter. In mathematics, `R` is not `r`."""
     answer = re.sub(r"(?<=\d)\\[,; ](?=\d)(?!\d{3}(?!\d))", " ", answer)  # 3\,4 is no 34
     answer = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;! ]", "", TEXT.sub(r"\1", answer).replace("~", " "))
     answer = re.sub(r"^\s*(?:an?|the)\s+(?!and\b)(?=[a-z]{3})", "", answer, flags=re.IGNORECASE)
     answer = re.sub(r"(?<=[a-zA-Z)])\s*(?:,|,?\s\band\b)\s*", ",", answer)
     answer = re.sub(r"(?<=[a-zA-Z])\{(\w)\}", r" \1", answer)  # \mathbb{Z} and \mathbb Z
     answer = " ".join(re.sub(r"\{(\w)\}", r"\1", answer).split())
-    answer = re.sub(r" (?!\w)|(?<!\w) ", "", answer).lower().removesuffix(".")
+    answer = re.sub(r" (?!\w)|(?<!\w) |(?<=\d) (?=[a-zA-Z](?![a-zA-Z]))", "", answer).removesuffix(".")  # 3 m and 3m
+    if not re.search(r"[\\^_=+*/<>|-]", answer) or re.fullmatch(r"[a-zA-Z]{2,}(?:-[a-zA-Z]+)+", answer):
+        answer = answer.lower()
     option = re.fullmatch(r"(?:option |choice )?\(?([a-z])\)?", answer)
     return option[1] if option else answer
 

@@ -13,7 +13,7 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse
 from sympy import FiniteSet
 
-from .notation import COUNTS, RANGE, SPACE, TEXT, notation, plain, without_units
+from .notation import COUNTS, PARTS, RANGE, SPACE, TEXT, notation, plain, without_units
 from .stating import MATH_MARKS, MAX_ANSWER
 
 
@@ -83,7 +83,7 @@ NAMED = re.compile(  # a sentence that names one number: "Each of them needs 101
 
 LEFT_SIDE = re.compile(  # names that math-verify does not read
     r"^(?:\\text\s*\{[^{}\d]+\}|[a-zA-Z]\s*\^\s*\{\s*-\s*1\s*\}\s*\([^()=]*\)|[A-Za-z]{3,}(?: [a-z]+)*|m?\s*\\angle\s*[A-Z]{1,3}|[PEn]\s*\([^()=]*\)|\|[A-Z]{2}\|"
-    r"|\\(?:det|dim|deg|gcd|lim|max|min|sup|inf)(?![a-zA-Z])[^=]*|\\(?:text|operatorname)\s*\{[^{}\d]+\}\s*\([^()=]*\)|\\\|[^=|]+\\\||[A-Z]\s*\^\s*\{\s*-\s*1\s*\}"
+    r"|\\(?:det|dim|deg|gcd|lim|max|min|sup|inf|sin|cos|tan|cot|sec|csc)(?![a-zA-Z])[^=]*|\\(?:text|operatorname)\s*\{[^{}\d]+\}\s*\([^()=]*\)|\\\|[^=|]+\\\||[A-Z]\s*\^\s*\{\s*-\s*1\s*\}"
     r"|\\frac\s*\{\s*d\s*[a-z]\s*\}\s*\{\s*d\s*[a-z]\s*\}|[a-zA-Z]\s*_\s*(?:\\(?:min|max)|\{\s*\\(?:min|max|(?:text|operatorname)\s*\{[^{}\d]+\})\s*\}))\s*=\s*"
 )
 BASE = re.compile(
@@ -95,18 +95,39 @@ MODULUS = re.compile(
 BUILDER = re.compile(r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\||\\vert)\s*(.*)\\\}$")
 
 
-def read(answer: str, parse: bool = True) -> Reading:
-    """What a stated answer says; see [`Reading`]. Without `parse` the mathematics is left out, which takes nearly all of the time."""
+def in_both_cases(*formulas: str) -> str:
+    """The letters that one of the formulas has as capital and as small letter, such as the R and r of two circles."""
+    bare = (re.sub(r"\\[a-zA-Z]+|_\s*(?:\{[^{}]*\}|\w)", " ", TEXT.sub(" ", formula)) for formula in formulas)
+    return "".join(sorted({letter for each in bare for letter in each if letter.isupper() and letter.lower() in each}))
+
+
+def with_cases(latex: str, cases: str) -> str:
+    """The LaTeX with other names for some capital letters, since math-verify makes small letters of all."""
+    return re.sub(
+        r"\\[a-zA-Z]+|_\s*(?:\{[^{}]*\}|\w)|([A-Z])(?:_\s*(?:\{(\w+)\}|(\w)))?",
+        lambda m: f"{m[1]}_{{cap{m[2] or m[3] or ''}}}" if m[1] and m[1] in cases else m[0],
+        latex,
+    )
+
+
+def read(answer: str, parse: bool = True, cases: str = "") -> Reading:
+    """
+    What a stated answer says; see [`Reading`]. Without `parse` the mathematics is left out, which takes nearly all of the time. The
+    capital letters in `cases` are told from small ones.
+    """
     if not answer.strip() or len(answer) > MAX_ANSWER or SEVERAL.search(answer):
         return Reading(plain(answer))
     latex = notation(answer)
+    said = plain(latex).lower().replace(" ", "-")
+    if said in COUNTS:
+        latex = str(COUNTS.index(said))
+    elif said.removeprefix("one-") in PARTS:
+        latex = PARTS[said.removeprefix("one-")]
     words = HARMLESS.sub(" ", TEXT.sub(r" \1 ", latex))
     if REFUSED.search(words) or PARTITIVE.search(words):
         return Reading(plain(answer), refused=True)
     if not latex or ELLIPSIS.search(latex) or RANGE.fullmatch(latex):
         return Reading(plain(answer))
-    if latex.lower() in COUNTS or plain(latex) in COUNTS:
-        latex = str(COUNTS.index(plain(latex)))
     latex = LEFT_SIDE.sub("", latex)
     modulus = MODULUS.search(latex)
     latex = MODULUS.sub("", latex)
@@ -128,6 +149,7 @@ def read(answer: str, parse: bool = True) -> Reading:
     unmatrixed = re.sub(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}", ",", unmatrixed)
     if any(pattern.search(unmatrixed) for pattern in UNREADABLE):
         return Reading(plain(answer))
+    latex = with_cases(latex, cases) if cases else latex
     value = sympy_of(latex) if parse else None
     if (
         isinstance(value, FiniteSet)

@@ -28,7 +28,7 @@ HOPE = re.compile(
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 LABEL = re.compile(
     rf"\banswers?\b(?: (?:to|for|of) [^.:=\n]{{1,80}}?)?[\"'*_]*\s*(?:\b(?:is|are|was|remains|becomes|equals|(?:would|will|must|should) be)\b{ADVERB}|[:=])[:*_,]*"
-    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|^\W{0,4}A:(?![^\n]*\n+\W{0,4}B:)|^[^\w\n]{0,8}(?:(?:the )?final )?answer[^\w\n]{0,6}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
+    r"|\b(?:solution|(?:correct|right) (?:option|choice)) is\b:?|\bans\b\.?\s*[:=]|\bans\.(?=\s*[-$\\\d])|^\W{0,4}A:(?![^\n]*\n+\W{0,4}B:)|^[^\w\n]{0,8}(?:(?:the )?final )?answer[^\w\n]{0,6}$|^\W{0,4}answer\s+(?=\$|\\[(\[]|-?\d)|^\s*####(?=\s*\S)",
     re.IGNORECASE | re.MULTILINE,
 )
 IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
@@ -47,6 +47,9 @@ BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)(?<=\S)\*\*(?![\w(*])")  #
 CHECKED = re.compile(
     r"\b(?:verify|check|confirm)(?:ing)? (?!that\b)(?:\w+ ){0,2}$", re.IGNORECASE
 )  # "let us check our answer: .."
+NOT_BUT = re.compile(  # "not 17 but 18"
+    r"^[\s*]*not\b[^.;:\n]{1,60}?,?\s*\bbut\s+(?:(?:rather|actually|in fact|instead)\s+)?(?=[-$\\\d*])", re.IGNORECASE
+)
 DIRECT = re.compile(  # begins with a number, a formula or a letter: "5 cm", not "clear, since 3 + 4 = 7"
     r"[\W_]*(?:(?:about|approximately|exactly|only|just|simply|either|both|equal to)\s+)?[\W_]*"
     r"(?:\d|[$\\]|\(?[a-zA-Z]\)?(?:\s*[-=^_(+*/]|\s*$)|[A-Z]{2,3}\b|\([A-J]\)\s|[A-J][).:]\s)"
@@ -268,6 +271,7 @@ def _labelled(text: str) -> Iterator[tuple[int, str]]:
             lines[0] = BULLET.sub("", lines[0])
         end = None if "####" in label.group() else SENTENCE_END.search(lines[0])
         sentence, reason = _without_reason(lines[0][: end.start()] if end else lines[0])
+        sentence = NOT_BUT.sub("", sentence)
         if display := re.match(r"\s*(?:\\\[|\$\$)\s*([\s\S]{1,400}?)(?:\\\]|\$\$)", rest):
             sentence = display.group(1)
         elif all(len(MATH_MARKS.findall(each)) % 2 for each in (sentence, MONEY_SIGN.sub("", sentence))):
