@@ -6,6 +6,8 @@ import logging
 import math
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -100,6 +102,15 @@ def test_a_model_that_changed_at_its_path_is_another_one(model, tmp_path, change
     with pytest.raises(ValueError, match=f"holds another evaluation: .*{name} .* instead of .*Take another folder"):
         evaluate(str(model), tmp_path / "results")
     assert load_evaluation(tmp_path / "results").rollouts == before.rollouts
+
+
+def test_a_model_may_be_moved(model, tmp_path, caplog):
+    before = evaluate(str(model), tmp_path / "results")
+    assert evaluate(f"{model}/", tmp_path / "results").rollouts == before.rollouts
+    moved = model.rename(tmp_path / "moved")
+    evaluation = evaluate(str(moved), tmp_path / "results", limit=5)
+    assert evaluation.rollouts[:4] == before.rollouts and evaluation.settings["model"] == str(moved)
+    assert "4 of 5 rollouts are reused" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -377,6 +388,39 @@ def test_arguments_without_a_meaning_are_refused(tmp_path):
         evaluate(model, tmp_path, dtype="bfloat16")
     with pytest.raises(ValueError, match="`chat_template_kwargs` is for a model, but `model` is a sampler"):
         evaluate(TransformersSampler(model), tmp_path, chat_template_kwargs={})
+
+
+LOCKED = """
+import sys, time
+from trl_score.records import Store
+store = Store(sys.argv[1], {"weights": "1"}, ["a", "b"])
+store.add([{"index": 0, "sample": 0}])
+print("written", flush=True)
+sys.stdin.read()
+store.add([{"index": 1, "sample": 0}])
+store.all_rollouts()
+"""
+
+
+def test_two_commands_do_not_write_one_folder_at_the_same_time(tmp_path):
+    early = Store(tmp_path / "results", {"weights": "1"}, ["a", "b"])  # it read the folder before the other one wrote
+    command = [sys.executable, "-c", LOCKED, str(tmp_path / "results")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"written\n"
+        with pytest.raises(ValueError, match=r"Another command writes to `output_dir=.*results'` at the same time"):
+            Store(tmp_path / "results", {"weights": "1"}, ["a", "b"])
+        with pytest.raises(ValueError, match="Another command"):
+            early.add([{"index": 0, "sample": 0}])
+        other.communicate()
+    with pytest.raises(ValueError, match="Another command"):  # it does not know what the other one wrote
+        early.add([{"index": 0, "sample": 0}])
+    store = Store(tmp_path / "results", {"weights": "1"}, ["a", "b", "c"])
+    assert [row["index"] for row in store.rollouts] == [0, 1]
+    store.add([{"index": 2, "sample": 0}])
+    again = Store(
+        tmp_path / "results", {"weights": "1"}, ["a", "b", "c"]
+    )  # of one process, as after an error in a notebook
+    assert len(again.all_rollouts()) == 3 == len((tmp_path / "results" / "rollouts.jsonl").read_text().splitlines())
 
 
 def test_reading_does_not_touch_a_line_that_is_being_written(tmp_path):

@@ -6,6 +6,7 @@ several processes share the work.
 k. A folder is made with its first rollout, so a run that fails before leaves nothing behind.
 """
 
+import errno
 import json
 import logging
 import math
@@ -17,10 +18,17 @@ from collections.abc import Callable, Set
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 logger = logging.getLogger(__name__)
@@ -94,7 +102,8 @@ class Store:
         self.settings = json.loads(strict_json(settings))
         self.problems = problems
         self.rollouts: list[dict] = []
-        self.claimed = False
+        self.handle = None  # of the file that this process writes, from its first rollout on
+        self.size = 0  # of the file, when the folder was read
         self.state = processes()
         if self.folder is not None:
             with self.state.main_process_first():
@@ -111,9 +120,11 @@ class Store:
         file = self.folder / SETTINGS
         if not file.exists():
             for what, pattern in (("rollouts", "rollouts*.jsonl"), (f"a {SUMMARY}", SUMMARY)):
-                if any(self.folder.glob(pattern)):  # perhaps another program's
+                if any(file.stat().st_size for file in self.folder.glob(pattern)):  # perhaps another program's
                     self._refuse(f"{what}, but no {SETTINGS} that says of what")
             return
+        if any(map(is_being_written, self.folder.glob("rollouts*.jsonl"))):
+            self._refuse_two()
         before = read_json(file)
         if "weights" not in before:
             self._refuse(
@@ -128,6 +139,12 @@ class Store:
             if row["problem"] != self.problems[row["index"]]:
                 self._refuse(f"rollouts of other problems: number {row['index']} has changed since")
         self.rollouts, self.settings = rollouts, before | self.settings
+        self.size = self.file.stat().st_size if self.file.exists() else 0
+
+    def _refuse_two(self) -> None:
+        raise ValueError(
+            f"Another command writes to `output_dir={str(self.folder)!r}` at the same time. Wait until it is done, or take another folder."
+        )
 
     def _refuse(self, what: str) -> None:
         raise ValueError(f"`output_dir={str(self.folder)!r}` holds {what}. Take another folder.")
@@ -145,17 +162,21 @@ class Store:
         if self.folder is not None:
             self._claim()
             lines = b"".join(strict_json(record, indent=None).encode() + b"\n" for record in records)
-            with self.file.open("ab") as handle:
-                handle.write(lines)
+            self.handle.write(lines)
+            self.handle.flush()
 
     def _claim(self) -> None:
-        """Any process may be the first; all write the same."""
-        if self.claimed:
+        """Any process may be the first; all write the same settings. No other command may write the same file."""
+        if self.handle is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        handle = self.file.open("ab")
+        if not lock(handle) or handle.tell() != self.size:
+            handle.close()
+            self._refuse_two()
         (self.folder / SUMMARY).unlink(missing_ok=True)  # of fewer rollouts
         self._write_settings()
-        self.claimed = True
+        self.handle = handle
 
     def _write_settings(self) -> None:
         whole = self.folder / f"{SETTINGS}.{self.state.process_index}"
@@ -169,6 +190,8 @@ class Store:
         Raises:
             `OSError`: If this process cannot see the rollouts of the others.
         """
+        if self.handle is not None:
+            self.handle.close()
         if self.state.num_processes > 1:
             self.state.wait_for_everyone()
             self.rollouts = [row for row in read_rollouts(self.folder) if row["index"] < len(self.problems)]
@@ -189,6 +212,28 @@ class Store:
             write_json(self.folder / name, content)
 
 
+def lock(handle: BinaryIO) -> bool:
+    """
+    Lock a file for this process, until the process closes the file or ends; False if another process has locked it. True where files
+    cannot be locked, as on some network file systems.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def is_being_written(file: Path) -> bool:
+    """Whether another process has locked the file."""
+    try:
+        with file.open("r+b") as handle:
+            return not lock(handle)
+    except OSError:
+        return False
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write a temporary file, then move it to `path`, so that no reader sees a part of it."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -206,8 +251,10 @@ def position(row: dict) -> tuple[int, int]:
 
 
 def differences(before: dict, now: dict, ignored: set[str] = frozenset()) -> str:
-    """Settings that differ, in words; nothing if none does."""
+    """Settings that differ, in words; nothing if none does. The same weights may have another name, unless it is that of an endpoint."""
     before, now = _flat(before), _flat(now)
+    if now.get("weights") is not None and now["weights"] == before.get("weights") and now.get("backend") != "endpoint":
+        ignored = ignored | {"model"}
     return ", ".join(
         f"{name} {before.get(name)!r} instead of {value!r}"
         for name, value in now.items()
