@@ -216,6 +216,9 @@ def test_problems_are_drawn_from_the_whole_split():
     places = [whole.index(each) for each in drawn]
     assert len(set(places)) == 64 and max(places) > 400
     assert drawn == list(replace(plan, shuffled=True).rows()["prompt"])
+    assert len(Plan.of(BASE, "arithmetic", limit=4, split="train", seed=-1).rows()) == 4
+    other = replace(Plan.of(BASE, "arithmetic", limit=64, split="train", seed=-1), shuffled=True)
+    assert list(other.rows()["prompt"]) != drawn
 
 
 def test_nothing_is_sampled_before_a_fault_is_mended():

@@ -559,6 +559,20 @@ def test_the_page_is_accessible(whole, open_page, width, scheme):
 # --- formulas ---
 
 
+def test_a_model_may_have_a_long_name(tmp_path):
+    name = "m" * 300  # of an endpoint; no file can have it
+    save_evaluation(tmp_path / "evaluation", name, [[True, True]])
+    assert list(find([tmp_path]).evaluations) == [name]
+
+
+@pytest.mark.parametrize("text", ["\\[ ", "\\( x ", "$x\\", "$$x ", "\\\\[ "])
+def test_text_full_of_open_formulas_takes_no_longer(text):
+    start = time.process_time()
+    assert formulas([text * (48_000 // len(text)) + "$y$"]).keys() <= {"$y$", "$$x $$"}
+    assert time.process_time() - start < 2  # it took 5 s and more
+    assert len(formulas(["\\[\\begin{matrix}1\\\\[6pt]2\\end{matrix}\\]"])) <= 1
+
+
 def test_formulas_become_mathml_and_nothing_else():
     half = ["mfrac", {}, ["mrow", {}, ["mn", {}, "1"]], ["mrow", {}, ["mn", {}, "2"]]]
     code = "```\n$\\frac{9}{9}$\n```"

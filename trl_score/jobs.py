@@ -192,7 +192,7 @@ class Plan:
         if len(rows) == 0:
             raise ValueError(f"The split '{job.split}' of '{self.task.name}' has no problems. Take another split.")
         check_prompts(f"The split '{job.split}' of '{self.task.name}'", rows)
-        return first(rows.shuffle(seed=job.seed) if self.shuffled else rows, self.limit)
+        return first(rows.shuffle(seed=job.seed % 2**32) if self.shuffled else rows, self.limit)  # -1 is a seed too
 
     def instructions(self, rows: Dataset) -> list[str] | None:
         """

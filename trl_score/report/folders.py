@@ -1,5 +1,6 @@
 """What the folders of a report hold: evaluations, training runs and scaling studies, each with a name of its own."""
 
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,7 @@ def find(folders: list[str | Path]) -> Found:
         if (
             "score" in model.name.lower()
             or {model.name, model.parent.name} & found.runs.keys()
-            or (model / RUN).exists()
+            or os.path.exists(model / RUN)  # False for a name that no file can have
         ):
             found.trained.add(name)
     return found

@@ -13,9 +13,13 @@ from latex2mathml.converter import convert_to_element
 
 # `$..$` as pandoc reads it, `$$..$$`, `\(..\)`, `\[..\]`; the page gets these two expressions in its data.
 FENCE = r"```[\s\S]*?(?:```|$)"  # code has none
-FORMULA = r"\$\$[\s\S]+?\$\$|\\\[[\s\S]+?\\\]|\\\([\s\S]+?\\\)|\$(?![\s$])(?:\\.|[^$\\\n])*?(?<!\s)\$(?!\d)"
-PARTS = re.compile(f"({FENCE})|({FORMULA})")
 LONGEST = 2000  # characters of a formula
+# Inside of `\[..\]` there is no other `\[`, but `\\[6pt]` in a matrix. So the time grows with the length of a text.
+FORMULA = (
+    rf"\$\$[\s\S]{{1,{LONGEST}}}?\$\$|\\\[(?:(?!(?<!\\)\\\[)[\s\S]){{1,{LONGEST}}}?\\\]|\\\((?:(?!(?<!\\)\\\()[\s\S]){{1,{LONGEST}}}?\\\)"
+    rf"|(?<!\\)\$(?![\s$])(?:\\.|[^$\\\n]){{0,{LONGEST}}}?(?<!\s)\$(?!\d)"
+)
+PARTS = re.compile(f"({FENCE})|({FORMULA})")
 ELEMENTS = {
     *("math", "mrow", "mi", "mn", "mo", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup", "msubsup"),
     *("munder", "mover", "munderover", "mtable", "mtr", "mtd", "menclose", "mstyle", "mpadded", "mphantom"),
@@ -52,8 +56,6 @@ def convert(formula: str) -> Tree | None:
     """A formula with its delimiters as a tree; `None` if it is no LaTeX that is known."""
     is_display = formula.startswith(("$$", "\\["))
     edge = 2 if is_display or formula.startswith("\\") else 1
-    if len(formula) > LONGEST:
-        return None
     try:
         element = convert_to_element(formula[edge:-edge], display="block" if is_display else "inline")
         return _tree(element)
