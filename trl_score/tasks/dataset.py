@@ -176,18 +176,28 @@ def _result(coroutine):
     return asyncio.run_coroutine_threadsafe(coroutine, _event_loop()).result()
 
 
-def _mathematics(answer: object) -> str | None:
-    r"""An answer as TRL's rewards read it: they find no LaTeX outside of dollars, and take the 2 of `2\sqrt{3}` for the answer."""
+def _mathematics(answer: object, as_it_stands: bool = False) -> str | None:
+    r"""
+    An answer as TRL's rewards read it: they find no LaTeX outside of dollars, and take the 2 of `2\sqrt{3}` for the answer. A number
+    loses its units and other marks that they do not read, unless it is to stay as it stands.
+    """
     if answer is None:
         return None
     text = str(answer).rsplit("####", 1)[-1].strip()  # of GSM8K
     if re.search(r"(?<!\\)\$|\\boxed|\n", text):
         return text
+    reading = read(text, parse=False)
     if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|^-?[\d.,]+\s+[a-zA-Z]{3,}$", text):
-        reading = read(text, parse=False)
         if reading.refused:
             return text
         text = reading.latex  # of 18 dollars, 5 million, "It is 7"
+    elif not (
+        as_it_stands
+        or reading.refused
+        or reading.base
+        or re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", reading.latex))
+    ):
+        text = reading.latex  # a number: of 12 cm^2, 100°, 1 1/2, twelve
     return f"$\\boxed{{{text}}}$"
 
 
@@ -225,8 +235,17 @@ def for_text(reward: Callable) -> Callable:
         messages = [
             [{"role": "assistant", "content": each}] if isinstance(each, str) else each for each in completions
         ]
-        if "solution" in kwargs:
-            kwargs["solution"] = [_mathematics(answer) for answer in kwargs["solution"]]
-        return reward(messages, **kwargs)
+        if "solution" not in kwargs:
+            return reward(messages, **kwargs)
+        answers = kwargs.pop("solution")
+        rewards = reward(messages, solution=[_mathematics(answer) for answer in answers], **kwargs)
+        literal = [_mathematics(answer, as_it_stands=True) for answer in answers]
+        # An attempt may have the marks too: 100° for 100°.
+        again = [i for i, each in enumerate(literal) if each != _mathematics(answers[i]) and not rewards[i]]
+        if again:
+            more = reward([messages[i] for i in again], solution=[literal[i] for i in again])
+            for i, found in zip(again, more, strict=True):
+                rewards[i] = found or rewards[i]
+        return rewards
 
     return call
