@@ -30,6 +30,7 @@ from trl_score.records import Store, processes, read_rollouts, strict_json
 from trl_score.sampling import EndpointSampler, TransformersSampler, keep_random_state
 from trl_score.tasks import Arithmetic
 from trl_score.tasks.arithmetic import BASE_MODEL_PATH
+from trl_score.tasks.dataset import DatasetTask
 
 
 BASE = str(BASE_MODEL_PATH)
@@ -111,6 +112,23 @@ def test_a_model_may_be_moved(model, tmp_path, caplog):
     evaluation = evaluate(str(moved), tmp_path / "results", limit=5)
     assert evaluation.rollouts[:4] == before.rollouts and evaluation.settings["model"] == str(moved)
     assert "4 of 5 rollouts are reused" in caplog.text
+
+
+def test_a_file_of_problems_may_be_named_by_another_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"problem": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+    Path("d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("e.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
+    first = evaluate(BASE, "results", DatasetTask("d.jsonl"), split="train")
+    for name in ("./d.jsonl", str(tmp_path / "d.jsonl")):
+        assert evaluate(BASE, "results", DatasetTask(name), split="train").rollouts == first.rollouts
+    with pytest.raises(ValueError, match="holds another evaluation: task"):
+        evaluate(BASE, "results", DatasetTask("e.jsonl"), split="train")
+
+
+def test_an_endpoint_may_be_named_with_a_slash_at_its_end(tmp_path):
+    addresses = ["http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1/"]
+    assert len({str(EndpointSampler("m", base_url=each).identity()) for each in addresses}) == 1
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def address(base_url: str | None = None, **kwargs) -> str:
         raise ValueError(
             f"`base_url={base_url!r}` is no address. Give one with http:// or https://, such as http://127.0.0.1:8000/v1."
         )
-    return urlsplit(base_url)._replace(netloc=urlsplit(base_url).netloc.rpartition("@")[2]).geturl()
+    return urlsplit(base_url)._replace(netloc=urlsplit(base_url).netloc.rpartition("@")[2]).geturl().rstrip("/")
 
 
 def endpoint_identity(where: str, chat_template_kwargs: dict, extra_body: dict) -> dict:

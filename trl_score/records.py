@@ -131,7 +131,11 @@ class Store:
                 "results of an earlier version of trl-score, which did not record the weights, the decoding and the problems"
             )
         # Folders of earlier versions do not say what graded.
-        changes = differences(before, self.settings, MAY_CHANGE | ({"grader"} - before.keys()))
+        may_change = MAY_CHANGE | ({"grader"} - before.keys())
+        same = ("data", "grader", "split")
+        if "data" in before and all(before.get(name) == self.settings.get(name) for name in same):
+            may_change |= {"task"}  # d.jsonl is ./d.jsonl
+        changes = differences(before, self.settings, may_change)
         if changes:
             self._refuse(f"another evaluation: {changes}")
         rollouts = [row for row in read_rollouts(self.folder, repair=True) if row["index"] < len(self.problems)]
