@@ -105,6 +105,11 @@ def test_stored_first_attempts_are_a_column_of_their_problems(tmp_path):
     rows = Arithmetic().load("train").select(range(12))  # fewer than were collected on
     stored = with_first_attempts(rows, tmp_path, Arithmetic())["first_attempts"]
     assert stored == [[rollouts[3 * i + k]["token_ids"][0] for k in range(3)] for i in range(12)]
+    named = type("Named", (Arithmetic,), {"name": "./arithmetic"})()  # as a file of problems with another path
+    assert with_first_attempts(rows, tmp_path, named)["first_attempts"] == stored
+    other = type("Other", (Arithmetic,), {"name": "other", "grader": "other"})()
+    with pytest.raises(ValueError, match="holds attempts at other problems"):
+        with_first_attempts(rows, tmp_path, other)
     with pytest.raises(ValueError, match="has no first attempts of 10 of the 30 problems"):
         with_first_attempts(Arithmetic().load("train").select(range(30)), tmp_path)
     with pytest.raises(ValueError, match="holds attempts at other problems"):

@@ -106,10 +106,12 @@ def with_first_attempts(
         )
     if tokenizer is not None:
         _check_tokenizer(folder, settings, rollouts, tokenizer)
+    # The name of a file of problems may have another path.
+    is_other = task is not None and task.name != settings["task"] and task.grader != settings.get("grader")
     attempts = [[] for _ in dataset]
     for row in rollouts:
         if row["index"] < len(attempts):
-            if row["prompt"] != dataset[row["index"]]["prompt"] or (task and task.name != settings["task"]):
+            if row["prompt"] != dataset[row["index"]]["prompt"] or is_other:
                 raise ValueError(
                     f"'{folder}' holds attempts at other problems (task '{settings['task']}', split "
                     f"'{settings['split']}'). Collect on the problems that are trained on."
