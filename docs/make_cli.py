@@ -1,12 +1,12 @@
 """Writes the tables of options in docs/cli.md from `trl_score/arguments.py`: python docs/make_cli.py"""
 
 import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 from trl_score.arguments import BaselineArguments, TrainArguments
 from trl_score.cli import SAMPLING
-from trl_score.parsing import Parser
+from trl_score.parsing import Parser, shown_default
 
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -21,7 +21,7 @@ def table(kind: type) -> str:
     for _, actions in parser.groups():
         for action in actions:
             field = by_name[action.dest]
-            default = "" if field.default in (None, False, MISSING) else f"`{field.default}`"
+            default = f"`{default}`" if (default := shown_default(field.default)) else ""
             text = field.metadata["help"].replace("|", "\\|")
             if "choices" in field.metadata and not all(each in text for each in field.metadata["choices"]):
                 text += f" One of {', '.join(f'`{each}`' for each in field.metadata['choices'])}."

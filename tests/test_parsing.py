@@ -103,6 +103,7 @@ def test_help_names_choices_defaults_and_what_is_required():
     text = " ".join(Parser((EvaluateArguments,), "evaluate").format_help().split())
     assert "--backend {transformers,vllm,endpoint}" in text and "Required. Hub id" in text
     assert "--top_p FLOAT" in text and "(default: 1.0)" in text and "default: None" not in text
+    assert "decoding. (default: 0.0)" in text and "default: False" not in text
     assert "--top-p" not in text  # the same option with dashes is understood, and not shown twice
 
 

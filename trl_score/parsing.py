@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import MISSING
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -247,10 +248,14 @@ class _Formatter(argparse.HelpFormatter):
         return f"{action.option_strings[0]} {takes}".strip()
 
     def _get_help_string(self, action) -> str:
-        text = (action.help or "").replace("%", "%%")
-        if action.default in (None, False, argparse.SUPPRESS, "") or action.default == []:
-            return text
-        return f"{text} (default: {str(action.default).replace('%', '%%')})"
+        default = shown_default(action.default)
+        return f"{action.help or ''}{default and f' (default: {default})'}".replace("%", "%%")
+
+
+def shown_default(value) -> str:
+    """A default as the help and the docs show it: the number 0 is shown, and None, False and empty values are not."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number or (value and value not in (argparse.SUPPRESS, MISSING)) else ""
 
 
 def of_type(value, hint):
