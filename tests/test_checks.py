@@ -554,11 +554,23 @@ def test_how_many_rows_are_too_long_is_said(make_arithmetic_trainer):
 
 
 def test_a_streamed_row_that_does_not_fit_stops_when_it_comes(make_arithmetic_trainer, monkeypatch):
-    monkeypatch.setattr("trl_score.context.STREAMED_ROWS", 4)
+    monkeypatch.setattr("trl_score.checks.STREAMED_ROWS", 4)
     rows = stream(long_rows(5))
     trainer = make_arithmetic_trainer({"train_dataset": rows, "eval_dataset": None}, shuffle_dataset=False)
     with pytest.raises(ValueError, match=r"a prompt of 62 tokens \(row \d of a batch\)"):
         trainer.train()
+
+
+def test_the_first_rows_of_a_stream_are_read_once_for_all_checks(make_arithmetic_trainer):
+    rows, starts = [row | {"first_attempts": ["1"]} for row in Arithmetic(num_train=8).load("train")], []
+
+    def read():
+        starts.append(None)
+        yield from rows
+
+    given = {"train_dataset": IterableDataset.from_generator(read), "eval_dataset": None}
+    make_arithmetic_trainer(given, offline_first_attempts=0.5)
+    assert len(starts) == 1
 
 
 def test_processes_stop_together_at_a_row_that_is_too_long():

@@ -356,7 +356,7 @@ def test_an_error_of_a_reward_function_is_said_in_one_line(folder):
 
 def test_a_column_that_takes_a_keyword_of_reward_functions_is_refused(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"problem": "?", "attempt": 1}))
-    with pytest.raises(ValueError, match=r"has a column `attempt`, a keyword .* Rename"):
+    with pytest.raises(ValueError, match=r"has a column `attempt`, the keyword .* Rename"):
         DatasetTask(str(tmp_path / "d.jsonl")).load("train")
 
 

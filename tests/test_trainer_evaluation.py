@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from processes import ranks
 from test_distributed import WORKER
 from test_score_trainer import move, rollouts
@@ -215,6 +216,19 @@ def test_dropping_the_last_batch_is_for_training(make_arithmetic_trainer):
     for batch_size in (2, 8):
         trainer = make_arithmetic_trainer(num_test=3, per_device_eval_batch_size=batch_size, dataloader_drop_last=True)
         assert trainer.evaluate()["eval_num_problems"] == 3 and trainer.args.dataloader_drop_last
+
+
+def test_another_dataset_is_checked_when_it_is_evaluated(make_arithmetic_trainer):
+    """As those that the trainer was constructed with: a chat template writes a missing text as the word None."""
+    trainer = make_arithmetic_trainer()
+    rows = Arithmetic(num_test=2).load("test")
+    missing = Dataset.from_list([rows[0], rows[1] | {"prompt": [{"role": "user", "content": None}]}])
+    for evaluate in (trainer.evaluate, trainer.predict, lambda rows: trainer.evaluate({"hard": rows})):
+        with pytest.raises(ValueError, match="no problem in row 1"):
+            evaluate(missing)
+        with pytest.raises(ValueError, match="has a column `attempt`, the keyword"):
+            evaluate(rows.add_column("attempt", [1, 2]))
+    assert trainer.evaluate(rows)["eval_num_problems"] == 2
 
 
 # Another number of attempts

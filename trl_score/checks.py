@@ -20,6 +20,7 @@ from trl.trainer.utils import get_callable_name
 from .objective import Stage, resolve_stage1_steps
 from .reward_errors import signature_of, takes_attempt
 from .score_config import SCoReConfig
+from .tasks.base import KEYWORDS, check_keywords
 
 
 def check_unsupported(**arguments):
@@ -32,48 +33,21 @@ def check_unsupported(**arguments):
 # --- data ---
 
 STREAMED_ROWS = 100  # read from a streamed dataset to check it
-# What a reward function gets besides the columns of the dataset. TRL leaves out a column `completion_ids` by itself.
-KEYWORDS = {
-    "attempt": "is told which attempt it grades",
-    "prompts": "gets the problems",
-    "completions": "gets the attempts",
-    "trainer_state": "gets the state of the run",
-    "log_extra": "adds columns to the table of completions",
-    "log_metric": "logs metrics",
-}
+Rows = Dataset | list[dict]  # all rows of a dataset, or the first ones of a stream
 
 
-def named_datasets(train_dataset, eval_dataset) -> dict:
-    """All datasets, by the names that error messages give them."""
+def rows_to_check(train_dataset, eval_dataset, args: SCoReConfig) -> dict[str, Rows]:
+    """The rows of all datasets, by the names that error messages give them. Of a stream the first rows are read, once for all checks."""
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
     elif eval_dataset is not None:
         datasets["eval_dataset"] = eval_dataset
-    return datasets
+    return {name: first_rows(name, dataset, problems_needed(args)) for name, dataset in datasets.items()}
 
 
-def check_datasets(train_dataset, eval_dataset, args: SCoReConfig):
-    """All datasets have the columns that SCoRe reads, and the training data has enough problems."""
-    for name, dataset in named_datasets(train_dataset, eval_dataset).items():
-        check_columns(name, dataset)
-    if args.offline_first_attempts > 0:
-        check_first_attempts(train_dataset)
-    check_number_of_problems(train_dataset, args)
-
-
-def column_of(dataset: Dataset | IterableDataset, name: str) -> Iterable:
-    """
-    A column of a dataset, of a stream that of its first rows. Where a transform makes the rows (`set_transform`), the stored columns
-    are other ones.
-    """
-    if isinstance(dataset, IterableDataset):
-        return (row.get(name) for row in dataset.take(STREAMED_ROWS))
-    return dataset[name] if dataset.format["type"] != "custom" else (row[name] for row in dataset)
-
-
-def check_columns(name: str, dataset: Dataset | IterableDataset | None):
-    """A dataset has a prompt in each row, and nothing that SCoRe does not support."""
+def first_rows(name: str, dataset: Dataset | IterableDataset | None, number: int = 0) -> Rows:
+    """A dataset as it is, and `STREAMED_ROWS` of a stream, or `number` if this is more."""
     if dataset is None:
         raise ValueError(f"`{name}` is missing. Pass a dataset with a column `prompt`.")
     if isinstance(dataset, dict):
@@ -85,7 +59,27 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
             f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Make one of a list of rows with "
             "`Dataset.from_list`."
         )
-    row = next(iter(dataset), None)
+    return list(dataset.take(max(STREAMED_ROWS, number))) if isinstance(dataset, IterableDataset) else dataset
+
+
+def check_datasets(datasets: dict[str, Rows], args: SCoReConfig):
+    """All datasets have the columns that SCoRe reads, and the training data has enough problems."""
+    for name, rows in datasets.items():
+        check_columns(name, rows)
+    if args.offline_first_attempts > 0:
+        check_first_attempts(datasets["train_dataset"])
+    check_number_of_problems(len(datasets["train_dataset"]), args)
+
+
+def column_of(rows: Rows, name: str) -> Iterable:
+    """A column. Where a transform makes the rows (`set_transform`), the stored columns are other ones."""
+    is_stored = isinstance(rows, Dataset) and rows.format["type"] != "custom"
+    return rows[name] if is_stored else (row.get(name) for row in rows)
+
+
+def check_columns(name: str, rows: Rows):
+    """A dataset has a prompt in each row, and nothing that SCoRe does not support."""
+    row = next(iter(rows), None)
     if row is None:
         raise ValueError(f"`{name}` has no rows. Pass a dataset with at least one problem.")
     if "prompt" not in row:
@@ -93,16 +87,12 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
             f"`{name}` has no column `prompt`, only {sorted(row)}. Rename the column that holds the problem: "
             "`dataset.rename_column(..., 'prompt')`."
         )
-    for column, meaning in KEYWORDS.items():
-        if column in row:
-            raise ValueError(
-                f"`{name}` has a column `{column}`, the keyword by which a reward function {meaning}. Rename the column."
-            )
+    check_keywords(f"`{name}`", row)
     if "image" in row or "images" in row:
         raise ValueError(f"`{name}` has images, which SCoRe does not support. Remove the column.")
-    check_prompts(f"`{name}`", dataset)
+    check_prompts(f"`{name}`", rows)
     if "correction_instruction" in row:
-        for index, instruction in enumerate(column_of(dataset, "correction_instruction")):
+        for index, instruction in enumerate(column_of(rows, "correction_instruction")):
             if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
                 what = "an empty" if isinstance(instruction, str) else f"a `{type(instruction).__name__}` as"
                 raise ValueError(
@@ -111,9 +101,9 @@ def check_columns(name: str, dataset: Dataset | IterableDataset | None):
                 )
 
 
-def check_prompts(name: str, dataset: Dataset | IterableDataset):
+def check_prompts(name: str, rows: Rows):
     """Each row has a problem. A chat template would write a missing text as the word None."""
-    for index, prompt in enumerate(column_of(dataset, "prompt")):
+    for index, prompt in enumerate(column_of(rows, "prompt")):
         turns = prompt if isinstance(prompt, list) else []
         if not (isinstance(prompt, str | list | None) and all(isinstance(turn, dict) for turn in turns)):
             raise ValueError(
@@ -127,9 +117,9 @@ def check_prompts(name: str, dataset: Dataset | IterableDataset):
             )
 
 
-def check_reward_functions(reward_funcs, train_dataset, eval_dataset, args: SCoReConfig):
+def check_reward_functions(reward_funcs, datasets: dict[str, Rows], args: SCoReConfig):
     """Every reward function can be called as TRL calls it, with the columns of each dataset."""
-    named = {name: next(iter(dataset)).keys() for name, dataset in named_datasets(train_dataset, eval_dataset).items()}
+    named = {name: next(iter(rows)).keys() for name, rows in datasets.items()}
     for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if isinstance(func, str | nn.Module):
             continue
@@ -164,15 +154,15 @@ def in_one_shard(dataset: IterableDataset) -> IterableDataset:
     return IterableDataset.from_generator(dataset.__iter__, features=dataset.features)
 
 
-def check_first_attempts(dataset: Dataset | IterableDataset):
+def check_first_attempts(rows: Rows):
     """Every problem has stored first attempts."""
-    if "first_attempts" not in next(iter(dataset)):
+    if "first_attempts" not in next(iter(rows)):
         raise ValueError(
             "`offline_first_attempts` takes first attempts from a column `first_attempts`, which `train_dataset` does not have. "
             "Sample them from the base model with `trl-score collect` and add them with "
             "`trl_score.collection.with_first_attempts`, or set `offline_first_attempts=0`."
         )
-    for index, attempts in enumerate(column_of(dataset, "first_attempts")):
+    for index, attempts in enumerate(column_of(rows, "first_attempts")):
         if not attempts or any(not attempt for attempt in attempts) or isinstance(attempts, str):
             raise ValueError(
                 f"`train_dataset` has no `first_attempts` in row {index}, or an empty one. Give every problem a list of texts "
@@ -180,9 +170,9 @@ def check_first_attempts(dataset: Dataset | IterableDataset):
             )
 
 
-def check_vocabulary(dataset: Dataset | IterableDataset, size: int):
+def check_vocabulary(rows: Rows, size: int):
     """Stored first attempts that are token ids are of the model's vocabulary, which has `size` tokens."""
-    for index, attempts in enumerate(column_of(dataset, "first_attempts")):
+    for index, attempts in enumerate(column_of(rows, "first_attempts")):
         largest = max((max(attempt) for attempt in attempts if not isinstance(attempt, str)), default=0)
         if largest >= size:
             raise ValueError(
@@ -191,14 +181,16 @@ def check_vocabulary(dataset: Dataset | IterableDataset, size: int):
             )
 
 
-def check_number_of_problems(dataset: Dataset | IterableDataset, args: SCoReConfig):
+def problems_needed(args: SCoReConfig) -> int:
+    """Problems of one generation."""
+    return args.generation_batch_size // args.num_generations
+
+
+def check_number_of_problems(number: int, args: SCoReConfig):
     """There are enough problems for one generation: an epoch drops the problems that do not fill one up."""
-    needed = args.generation_batch_size // args.num_generations
-    is_streamed = isinstance(dataset, IterableDataset)
-    number = sum(1 for _ in dataset.take(needed)) if is_streamed else len(dataset)
-    if number < needed:
+    if number < problems_needed(args):
         raise ValueError(
-            f"`train_dataset` has {number} problems, but one generation takes {needed}, so no step would be trained: "
+            f"`train_dataset` has {number} problems, but one generation takes {problems_needed(args)}, so no step would be trained: "
             f"`generation_batch_size={args.generation_batch_size}` (`per_device_train_batch_size="
             f"{args.per_device_train_batch_size}` x `steps_per_generation={args.steps_per_generation}` x {args.world_size} "
             f"processes) / `num_generations={args.num_generations}`. Lower one of the first two, or add problems."
@@ -228,7 +220,7 @@ def length_of_run(num_problems: int | None, args: SCoReConfig) -> tuple[int, lis
         return args.max_steps, sorted(
             {start // accumulated for start in range(0, args.max_steps * accumulated, window)}
         )
-    passes = num_problems // (args.generation_batch_size // args.num_generations) * window
+    passes = num_problems // problems_needed(args) * window
     steps_of_epoch = math.ceil(passes / accumulated)
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_of_epoch)
     starts = {

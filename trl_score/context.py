@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import is_conversational
 
-from .checks import STREAMED_ROWS, named_datasets
+from .checks import Rows
 from .first_attempts import attempt_tokens
 from .rollout import Bridge, check_chat_template
 
@@ -110,42 +110,42 @@ class ContextCheck:
     def _longest(self, stored: list[int] | None) -> int:
         return self.max_completion_length if stored is None else len(stored)
 
-    def check_datasets(self, train_dataset, eval_dataset, args: SCoReConfig, tokenize: Callable):
+    def check_datasets(self, datasets: dict[str, Rows], args: SCoReConfig, tokenize: Callable):
         """
         Check the rows of all datasets.
 
         Args:
-            train_dataset, eval_dataset:
-                The trainer's.
+            datasets (`dict[str, Rows]`):
+                Their rows, by their names in errors.
             args ([`SCoReConfig`]):
                 Settings.
             tokenize (`Callable[[list], list[list[int]]]`):
                 Token ids of a list of prompts.
         """
-        for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+        for name, rows in datasets.items():
             if name == "train_dataset":
                 first = longest_first_attempt(args, self.bridge.tokenizer)
-                self.check_rows(name, dataset, tokenize, args.correction_instruction, args.num_attempts, first)
+                self.check_rows(name, rows, tokenize, args.correction_instruction, args.num_attempts, first)
             else:
-                self.check_rows(name, dataset, tokenize, args.correction_instruction, args.num_attempts_eval)
+                self.check_rows(name, rows, tokenize, args.correction_instruction, args.num_attempts_eval)
 
     def check_rows(
         self,
         name: str,
-        dataset: Dataset | IterableDataset,
+        rows: Rows,
         tokenize: Callable[[list], list[list[int]]],
         instruction: str,
         num_attempts: int,
         first_attempt: Callable[[dict], int] | None = None,
     ):
         """
-        Check all rows of a dataset, or the first rows of a streamed one.
+        Check rows.
 
         Args:
             name (`str`):
                 Name of the dataset in errors.
-            dataset (`~datasets.Dataset` or `~datasets.IterableDataset`):
-                The rows.
+            rows (`~datasets.Dataset` or `list[dict]`):
+                Its rows, or the first rows of a stream.
             tokenize (`Callable`):
                 Token ids of a list of prompts.
             instruction (`str`):
@@ -156,18 +156,17 @@ class ContextCheck:
                 Tokens that the longest first attempt of a row can have; `max_completion_length` if not given.
         """
         columns = ("prompt", "correction_instruction", "first_attempts")
-        if isinstance(dataset, IterableDataset):
-            rows = [{key: row[key] for key in columns if key in row} for row in dataset.take(STREAMED_ROWS)]
-            dataset = Dataset.from_list(rows)
-        if dataset.format["type"] != "custom":  # else a transform makes these columns from others
-            dataset = dataset.select_columns([each for each in columns if each in dataset.column_names])
-        row = dataset[0]
+        if isinstance(rows, list):
+            rows = Dataset.from_list([{key: row[key] for key in columns if key in row} for row in rows])
+        elif rows.format["type"] != "custom":  # else a transform makes these columns from others
+            rows = rows.select_columns([each for each in columns if each in rows.column_names])
+        row = rows[0]
         if is_conversational(row):
             check_chat_template(self.bridge.tokenizer)
         self._bridge_tokens_of(row["prompt"], row.get("correction_instruction") or instruction, num_attempts)
         if self.limit is None:
             return
-        rollouts = self._rollouts(name, dataset, tokenize, instruction, num_attempts, first_attempt)
+        rollouts = self._rollouts(name, rows, tokenize, instruction, num_attempts, first_attempt)
         too_long = [rollout for rollout in rollouts if rollout.needed > self.limit]
         if too_long:
             longest = max(too_long, key=lambda rollout: rollout.needed)

@@ -37,6 +37,7 @@ from trl.trainer.utils import get_config_model_id
 from .batch import Batch
 from .callbacks import open_trackio
 from .checks import (
+    Rows,
     check_datasets,
     check_log_probabilities,
     check_reward_functions,
@@ -47,6 +48,7 @@ from .checks import (
     check_vocabulary,
     in_one_shard,
     length_of_run,
+    rows_to_check,
     warn_of_dropout,
     warn_of_emulated_bfloat16,
 )
@@ -193,9 +195,10 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         loading = args.model_init_kwargs or {}
         if loading.get("trust_remote_code"):
             args.trust_remote_code = True  # of tokenizer, configuration and reference as well
-        check_datasets(train_dataset, eval_dataset, args)
+        datasets = rows_to_check(train_dataset, eval_dataset, args)
+        check_datasets(datasets, args)
         if type(self)._calculate_rewards is GRPOTrainer._calculate_rewards:  # an override may call them in another way
-            check_reward_functions(reward_funcs, train_dataset, eval_dataset, args)
+            check_reward_functions(reward_funcs, datasets, args)
         if isinstance(train_dataset, IterableDataset) and args.world_size > 1 and train_dataset.num_shards > 1:
             train_dataset = in_one_shard(train_dataset)
         num_problems = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
@@ -232,7 +235,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self._check_log_probabilities()
         warn_of_dropout(self.model)
         warn_of_emulated_bfloat16(self.model, autocast=args.bf16)
-        self._set_rollout()
+        self._set_rollout(datasets)
         self._new_run(max(args.max_steps, 1))
 
     def _set_reference(self, given: "str | PreTrainedModel | PeftModel"):
@@ -276,7 +279,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         finally:
             self.args.report_to = report_to
 
-    def _set_rollout(self):
+    def _set_rollout(self, datasets: dict[str, Rows]):
         """Let TRL sample rollouts of several attempts, and check that these fit the context."""
         args = self.args
         self.reward_func_names = unique_names(self.reward_func_names)
@@ -291,12 +294,10 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         # Training and evaluation can have different columns, so each has its table of completions.
         self._tables = {"train": self._logs, "eval": empty_table(self._logs)}
         if args.offline_first_attempts > 0:
-            check_vocabulary(self.train_dataset, self.model.get_input_embeddings().num_embeddings)
+            check_vocabulary(datasets["train_dataset"], self.model.get_input_embeddings().num_embeddings)
         limit = context_limit(self.model.config, args)
         self._context = ContextCheck(limit, self.max_completion_length, self._bridge)
-        self._context.check_datasets(
-            self.train_dataset, self.eval_dataset, args, lambda prompts: self._tokenize_prompts(prompts)[0]
-        )
+        self._context.check_datasets(datasets, args, lambda prompts: self._tokenize_prompts(prompts)[0])
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

@@ -11,8 +11,15 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from .callbacks import loaded_step
+from .checks import check_columns, first_rows
 from .decoding import keep_random_state
 from .rollout_metrics import empty_table, means
+
+
+def check_given(name: str, dataset):
+    """A dataset that the trainer was constructed without has the columns that SCoRe reads."""
+    if isinstance(dataset, Dataset | IterableDataset):
+        check_columns(name, first_rows(name, dataset))
 
 
 class EvaluatingTrainer(GRPOTrainer):
@@ -20,13 +27,15 @@ class EvaluatingTrainer(GRPOTrainer):
 
     _evaluation = "eval"  # the prefix of the last one
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        check_given("eval_dataset", eval_dataset)
         with keep_random_state():  # a run with evaluations equals one without
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def predict(self, *args, **kwargs):
+    def predict(self, test_dataset, *args, **kwargs):
+        check_given("test_dataset", test_dataset)
         with keep_random_state():
-            return super().predict(*args, **kwargs)
+            return super().predict(test_dataset, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from datasets import Dataset
@@ -10,6 +10,15 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+# What a reward function gets besides the columns of the dataset. TRL leaves out a column `completion_ids` by itself.
+KEYWORDS = {
+    "attempt": "is told which attempt it grades",
+    "prompts": "gets the problems",
+    "completions": "gets the attempts",
+    "trainer_state": "gets the state of the run",
+    "log_extra": "adds columns to the table of completions",
+    "log_metric": "logs metrics",
+}
 GRADING = ("reward", "grade", "verdicts", "answer", "same_answers")  # methods of tasks that stored grades depend on
 
 
@@ -117,6 +126,18 @@ def first_line(error: BaseException) -> str:
 def text_of(completion: str | list[dict]) -> str:
     """The text of an attempt, given as text or as chat messages (TRL's two forms)."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def check_keywords(name: str, columns: Iterable[str]) -> None:
+    """
+    Raises:
+        `ValueError`: If a column of the rows has the name of another argument of reward functions.
+    """
+    for column, meaning in KEYWORDS.items():
+        if column in columns:
+            raise ValueError(
+                f"{name} has a column `{column}`, the keyword by which a reward function {meaning}. Rename the column."
+            )
 
 
 def first(rows: Dataset, number: int | None) -> Dataset:

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..worker_pool import CAN_SEND_DESCRIPTORS
-from .base import Task, first_line
+from .base import Task, check_keywords, first_line
 from .math import CORRECTION_INSTRUCTION, MathTask
 from .math_grading.reading import read
 
@@ -72,11 +72,7 @@ class DatasetTask(Task):
                 f"The dataset '{self.name}' has no split '{split}', only {sorted(rows)}. Give one of these."
             )
         rows = rows[split]
-        if taken := {"attempt", "prompts", "completions"}.intersection(rows.column_names):
-            raise ValueError(
-                f"The dataset '{self.name}' has a column `{min(taken)}`, a keyword by which reward functions get something else. "
-                "Rename the column."
-            )
+        check_keywords(f"The dataset '{self.name}'", rows.column_names)
         problem = next((column for column in ("problem", "question") if column in rows.column_names), None)
         if "prompt" not in rows.column_names:
             if problem is None:
