@@ -211,14 +211,14 @@ def test_problems_are_drawn_from_the_whole_split():
     """Datasets are often sorted, by subject or by how hard they are."""
     whole = list(Arithmetic().load("train")["prompt"])
     plan = Plan.of(BASE, "arithmetic", limit=64, split="train", temperature=1.0)
-    assert list(plan.rows()["prompt"]) == whole[:64]
-    drawn = list(replace(plan, shuffled=True).rows()["prompt"])
+    assert list(plan.problems()["prompt"]) == whole[:64]
+    drawn = list(replace(plan, shuffled=True).problems()["prompt"])
     places = [whole.index(each) for each in drawn]
     assert len(set(places)) == 64 and max(places) > 400
-    assert drawn == list(replace(plan, shuffled=True).rows()["prompt"])
-    assert len(Plan.of(BASE, "arithmetic", limit=4, split="train", seed=-1).rows()) == 4
+    assert drawn == list(replace(plan, shuffled=True).problems()["prompt"])
+    assert len(Plan.of(BASE, "arithmetic", limit=4, split="train", seed=-1).problems()) == 4
     other = replace(Plan.of(BASE, "arithmetic", limit=64, split="train", seed=-1), shuffled=True)
-    assert list(other.rows()["prompt"]) != drawn
+    assert list(other.problems()["prompt"]) != drawn
 
 
 def test_nothing_is_sampled_before_a_fault_is_mended():

@@ -100,6 +100,17 @@ def neutral_generation(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 @contextmanager
+def temporarily(holder: object, **attributes) -> Iterator[None]:
+    """Within this context an object has other attributes. The former ones are back afterwards."""
+    before = {name: getattr(holder, name) for name in attributes}
+    vars(holder).update(attributes)
+    try:
+        yield
+    finally:
+        vars(holder).update(before)
+
+
+@contextmanager
 def trainer_decoding(trainer, mode: str) -> Iterator[None]:
     """
     Within this context a trainer generates from the policy's distribution, whatever the checkpoint's `generation_config` says.
@@ -118,9 +129,7 @@ def trainer_decoding(trainer, mode: str) -> Iterator[None]:
             stack.enter_context(contiguous_head(model))
         if mode == "eval":
             holder, settings = _evaluation_settings(trainer)
-            before = {name: getattr(holder, name) for name in settings}
-            stack.callback(vars(holder).update, before)
-            vars(holder).update(settings)
+            stack.enter_context(temporarily(holder, **settings))
         yield
 
 

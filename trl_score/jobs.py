@@ -171,10 +171,6 @@ class Plan:
         )
         return cls(job, task, cache(partial(open_model, model, **settings)), limit, output_dir)
 
-    def rows(self) -> Dataset:
-        """The problems, as the model is asked."""
-        return self.asked(self.problems())
-
     def asked(self, rows: Dataset) -> Dataset:
         """Problems as the model is asked: a prompt of offline repair ends with the first turn."""
         job = self.job

@@ -172,7 +172,7 @@ def check(
     task, job = plan.task, plan.job
     if task.num_given_attempts:
         raise ValueError(f"'{task.name}' gives the first attempts: it is for evaluation. Check another task.")
-    rows = plan.rows()
+    rows = plan.problems()
     instructions = plan.instructions(rows) or [job.correction_instruction]
     findings = [check_grader(task, rows), check_instruction(*dict.fromkeys(instructions))]
     with warnings.catch_warnings(record=True) as caught:

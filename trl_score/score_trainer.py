@@ -53,7 +53,7 @@ from .checks import (
     warn_of_emulated_bfloat16,
 )
 from .context import ContextCheck, context_limit
-from .decoding import trainer_decoding, trainer_tokenizer
+from .decoding import temporarily, trainer_decoding, trainer_tokenizer
 from .first_attempts import is_stored, most_sampled, sample_or_take, stored_attempts
 from .generation import AllAttempts, can_generate_all
 from .model_card import own_card, write_model_card
@@ -271,13 +271,9 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             return logps
 
         # TRL reports how long it took, also before a tracker is open.
-        report_to, self.args.report_to = self.args.report_to, []
-        try:
-            with self.accelerator.autocast():
-                limit = 0.01 if is_exact(self.model, self.args) else 0.5
-                check_log_probabilities(self.model, score, self.temperature, limit)
-        finally:
-            self.args.report_to = report_to
+        with temporarily(self.args, report_to=[]), self.accelerator.autocast():
+            limit = 0.01 if is_exact(self.model, self.args) else 0.5
+            check_log_probabilities(self.model, score, self.temperature, limit)
 
     def _set_rollout(self, datasets: dict[str, Rows]):
         """Let TRL sample rollouts of several attempts, and check that these fit the context."""
@@ -610,12 +606,9 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         model = ScoredTokens(model, self.accelerator.unwrap_model(model), inputs["attempt_ids"] > 0)
         if self.beta == 0.0:
             return super()._compute_loss(model, inputs)
-        beta, weights = self.beta, _TokenWeights(inputs["kl_weights"])
-        self.beta = weights
-        try:
+        weights = _TokenWeights(inputs["kl_weights"])
+        with temporarily(self, beta=weights):
             loss = super()._compute_loss(model, inputs)
-        finally:
-            self.beta = beta
         self._log_kl(weights.values.detach(), inputs)
         return loss
 
@@ -644,18 +637,14 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         fill_table(self._logs, rewards, advantages)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        number = self.num_completions_to_print
-        self.num_completions_to_print = -1  # TRL prints no table: it is wider than a console
         mode = "train" if self.model.training else "eval"
         self._logs, metrics = self._tables[mode], self._metrics[mode]
         found = means(metrics)
         metrics.clear()
         metrics.update({name: [math.nan if value is None else value] for name, value in found.items()})
-        try:
-            with nullcontext() if mode == "train" else self._file_of_evaluation():
-                super().log(logs, start_time)
-        finally:
-            self.num_completions_to_print = number
+        no_table = temporarily(self, num_completions_to_print=-1)  # TRL's is wider than a console
+        with no_table, nullcontext() if mode == "train" else self._file_of_evaluation():
+            super().log(logs, start_time)
         if self.log_completions and self.accelerator.is_main_process:
             self._print_rollouts()
 

@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 
 from .callbacks import loaded_step
 from .checks import check_columns, first_rows
-from .decoding import keep_random_state
+from .decoding import keep_random_state, temporarily
 from .rollout_metrics import empty_table, means
 
 
@@ -46,12 +46,8 @@ class EvaluatingTrainer(GRPOTrainer):
         given = self.eval_dataset[given] if isinstance(given, str) else given
         if isinstance(given, IterableDataset) and self.accelerator.num_processes > 1:
             eval_dataset = Dataset.from_list(list(given))
-        args, drop_last = self.args, self.args.dataloader_drop_last
-        args.dataloader_drop_last = False
-        try:
+        with temporarily(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            args.dataloader_drop_last = drop_last
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """TRL's, with the metrics of the rollouts in its result, under the prefix of the evaluation set."""
