@@ -517,6 +517,19 @@ def test_plain_text_prompts_train(make_letters_trainer):
     assert len(texts) == 2 and all(len(row) == 2 and set(" ".join(row)) <= {"a", "b", " "} for row in texts)
 
 
+@pytest.mark.parametrize("prompts", ["a b", [], [{"role": "user", "content": "a"}]])
+def test_one_prompt_is_not_taken_for_several(make_letters_trainer, prompts):
+    """Each letter of a text was a problem."""
+    with pytest.raises(ValueError, match=r"Give one prompt as `\[prompt\]`"):
+        make_letters_trainer().generate_attempts(prompts)
+
+
+@pytest.mark.parametrize("instructions", ["ab", ["a"], ["a"] * 3])
+def test_each_prompt_has_one_instruction(make_letters_trainer, instructions):
+    with pytest.raises(ValueError, match="one instruction for each of the 2 prompts"):
+        make_letters_trainer().generate_attempts(["a", "b"], instructions)
+
+
 def test_three_attempts_train_the_second_then_the_third_then_all(make_arithmetic_trainer):
     trainer = make_arithmetic_trainer(num_attempts=3, stage1_steps=2, max_steps=3)
     weights = []

@@ -682,8 +682,17 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
 
         Returns:
             `list[list[str]]`: the text of each attempt of each problem.
+
+        Raises:
+            `ValueError`: if `prompts` is one prompt or none, or there is not one instruction for each.
         """
-        prompts = list(prompts)
+        prompts = [] if isinstance(prompts, str) else list(prompts)
+        if not prompts or isinstance(prompts[0], dict):
+            raise ValueError("`prompts` must be a list of prompts. Give one prompt as `[prompt]`.")
+        if isinstance(instructions, str) or len(instructions or prompts) != len(prompts):
+            raise ValueError(
+                f"`instructions` must be a list with one instruction for each of the {len(prompts)} prompts."
+            )
         training = self.model.training
         self.model.eval()
         try:
