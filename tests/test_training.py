@@ -539,3 +539,17 @@ def test_the_embedded_task_has_the_settings_of_its_configuration():
     arguments += ["--model_name_or_path", BASE, "--bf16", "false"]
     _, args, _ = module.train_parser(arguments).parse_args_and_config(arguments)
     assert args.learning_rate == SCoReConfig.learning_rate
+
+
+def test_damaged_weights_are_told_in_one_sentence(tmp_path):
+    """As an interrupted copy or a full disk leaves them."""
+    folder = shutil.copytree(BASE_MODEL_PATH, tmp_path / "model")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(200_000)
+    with pytest.raises(
+        OSError, match=r"The weights of the model '.*' are damaged: Error .* Copy or download them again"
+    ):
+        TransformersSampler(str(folder))
+    options = ["--task", "arithmetic", "--model_name_or_path", str(folder), "--max_completion_length", "8"]
+    with pytest.raises(SystemExit, match=r"The model '.*' cannot be loaded: Error while deserializing header"):
+        module.main([*options, "--bf16", "false", "--report_to", "none", "--output_dir", str(tmp_path / "run")])

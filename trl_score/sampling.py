@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -189,7 +190,12 @@ class TransformersSampler(TokenSampler):
                 # transformers takes one revision for both, and does not read the one that the adapter names.
                 kwargs["adapter_kwargs"] = {"revision": kwargs.get("revision")}
                 kwargs["revision"] = base[1].get("revision")
-            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            try:
+                model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            except SafetensorError as error:
+                raise OSError(
+                    f"The weights of the model '{model}' are damaged: {error}. Copy or download them again."
+                ) from error
             warn_of_emulated_bfloat16(model)
         else:
             self.name = model.config._name_or_path

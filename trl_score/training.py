@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -369,14 +370,14 @@ def train(
             peft_config=get_peft_config(model_args),
             callbacks=[CollapseAlarm()] if callbacks is None else callbacks,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if os.environ.get("TRL_SCORE_TRACEBACK"):
             raise
         if "/api/repos/create" in str(error):
             sys.exit(
                 f"The repository for `--push_to_hub` cannot be made: {first_line(error)} Is `hf auth login` done?"
             )
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):
             sys.exit(f"The model '{model_args.model_name_or_path}' cannot be loaded: {first_line(error)}")
         sys.exit(" ".join(str(error).split()))
     trainer.task, trainer.eval_task = task, eval_task or task
