@@ -123,7 +123,8 @@ class Store:
                 if any(file.stat().st_size for file in self.folder.glob(pattern)):  # perhaps another program's
                     self._refuse(f"{what}, but no {SETTINGS} that says of what")
             return
-        if any(map(is_being_written, self.folder.glob("rollouts*.jsonl"))):
+        # The first process looks for all of them: each look locks the file for a moment.
+        if self.state.is_main_process and any(map(is_being_written, self.folder.glob("rollouts*.jsonl"))):
             self._refuse_two()
         before = read_json(file)
         if "weights" not in before:
@@ -147,7 +148,8 @@ class Store:
 
     def _refuse_two(self) -> None:
         raise ValueError(
-            f"Another command writes to `output_dir={str(self.folder)!r}` at the same time. Wait until it is done, or take another folder."
+            f"Another command writes to `output_dir={str(self.folder)!r}` at the same time. Wait until it is done, or take another "
+            "folder."
         )
 
     def _refuse(self, what: str) -> None:
