@@ -349,6 +349,8 @@ def test_prompts_that_a_template_rendered_are_warned_about(name):
     [message] = warned(lambda: Bridge(tokenizer).text(rendered, INSTRUCTION))
     assert "as if a chat template had rendered it" in message and "Give the prompts as chat messages" in message
     assert warned(lambda: Bridge(tokenizer).text(PROMPT, INSTRUCTION)) == []
+    [message] = warned(lambda: Bridge(tokenizer).text([{"role": "user", "content": rendered}], INSTRUCTION))
+    assert "as if a chat template had rendered it before" in message and "turns within a turn" in message
 
 
 def test_rendered_prompts_without_special_tokens_are_known_by_their_end():

@@ -278,8 +278,8 @@ class Bridge:
             raise ValueError(
                 "An empty correction instruction would not ask the model to correct its attempt. Set it to a sentence."
             )
+        self._warn_of_rendered(prompt)
         if not is_conversational({"prompt": prompt}):
-            self._warn_of_rendered(prompt)
             return (self.tokenizer.eos_token or "") + "\n\n", f"{instruction}\n\n"
         turn = [{"role": "assistant", "content": SENTINEL}, {"role": "user", "content": instruction}]
         rendered = self.tokenizer.apply_chat_template(
@@ -346,18 +346,27 @@ class Bridge:
                 pass
         return special, generation_prompt.strip()
 
-    def _warn_of_rendered(self, prompt: str):
+    def _warn_of_rendered(self, prompt: str | list[dict]):
         special, generation_prompt = self._marks
-        mark = next((token for token in special if token in prompt), None)
-        if mark is None and len(generation_prompt) > 3 and prompt.rstrip().endswith(generation_prompt):
+        texts = [prompt] if isinstance(prompt, str) else [turn.get("content") for turn in prompt]
+        texts = [text for text in texts if isinstance(text, str)]
+        mark = next((token for token in special if any(token in text for text in texts)), None)
+        if mark is None and len(generation_prompt) > 3 and any(t.rstrip().endswith(generation_prompt) for t in texts):
             mark = generation_prompt
-        if mark is not None:
-            warnings.warn(
+        if mark is None:
+            return
+        if isinstance(prompt, str):
+            message = (
                 f"A prompt is text that contains {mark!r}, as if a chat template had rendered it. The correction instruction "
                 "then stands outside of any turn, and the tokenizer may add a second beginning-of-sequence token. Give the "
-                "prompts as chat messages (`[{'role': 'user', 'content': ...}]`).",
-                stacklevel=2,
+                "prompts as chat messages (`[{'role': 'user', 'content': ...}]`)."
             )
+        else:
+            message = (
+                f"A chat message of a prompt contains {mark!r}, as if a chat template had rendered it before. The template renders it "
+                "again, so the model reads turns within a turn. Give the text of the message alone as its `content`."
+            )
+        warnings.warn(message, stacklevel=2)
 
     def __call__(
         self, prompts: list, instructions: list[str], attempt: int, attempt_ids: list[list[int]]
