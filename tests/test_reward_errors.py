@@ -145,12 +145,12 @@ def test_a_row_that_cannot_be_told_is_said_and_no_batch_is_graded_again(again):
     assert sizes == [NUMBER] + [1] * again and isinstance(error.value.__cause__, ConnectionError)
 
 
-@pytest.mark.parametrize("infinite", [math.inf, -math.inf, numpy.float32("-inf"), torch.tensor(math.inf)])
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf, numpy.float32("-inf"), torch.tensor(math.inf), 1e39])
 def test_an_infinite_reward_is_refused(infinite):
     """One of them makes the advantages of its group infinite, and the update turns all weights into NaN."""
     rewards = [1.0] * AT + [infinite] + [None] * (NUMBER - AT - 1)
     with pytest.raises(
-        ValueError, match=rf"'judge' returned -?inf for attempt 2 in row {AT}: .*problem 1.* no baseline"
+        ValueError, match=rf"'judge' returned (-?inf|1e\+39) for attempt 2 in row {AT}: .*problem 1.* no baseline"
     ):
         graded(lambda **_: rewards, "judge", 2)(**rows())
 
@@ -167,7 +167,14 @@ def test_a_dict_of_rewards_is_refused():
 
 
 @pytest.mark.parametrize(
-    "rewards", [numpy.ones(NUMBER), torch.ones(NUMBER), [True] * NUMBER, [None, math.nan] * (NUMBER // 2)]
+    "rewards",
+    [
+        numpy.ones(NUMBER, "float16"),
+        torch.ones(NUMBER, dtype=torch.bfloat16),
+        [True] * NUMBER,
+        [None, math.nan] * (NUMBER // 2),
+        [3e38] * NUMBER,
+    ],
 )
 def test_numbers_of_every_kind_are_rewards(rewards):
     assert graded(lambda **_: rewards, "judge", 1)(**rows()) is rewards

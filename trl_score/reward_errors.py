@@ -5,7 +5,11 @@ import math
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
+import torch
 from trl.trainer.utils import is_async_callable
+
+
+LARGEST = torch.finfo(torch.float32).max  # in which TRL holds rewards
 
 
 def unique_names(names: list[str]) -> list[str]:
@@ -97,7 +101,7 @@ def checked(rewards, name: str, number: int, attempt: int, prompts: list | None 
     The rewards of a reward function for `number` completions of attempt `attempt`. An error shows the prompt, if there are `prompts`.
 
     Raises:
-        `ValueError`: If there is not one reward for each completion, or if one is infinite or no number.
+        `ValueError`: If there is not one reward for each completion, or if one is infinite in float32 or no number.
     """
     is_list = hasattr(rewards, "__len__") and not isinstance(rewards, dict)
     if not is_list or len(rewards) != number:
@@ -111,7 +115,7 @@ def checked(rewards, name: str, number: int, attempt: int, prompts: list | None 
         try:
             if getattr(reward, "ndim", 0) > 0:
                 raise TypeError("an array")
-            is_infinite = reward is not None and math.isinf(reward)
+            is_infinite = reward is not None and (math.isinf(reward) or abs(float(reward)) > LARGEST)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"The reward function '{name}' returned {reward!r} {where}. A reward is a number, or `None` where a completion cannot "
@@ -119,7 +123,7 @@ def checked(rewards, name: str, number: int, attempt: int, prompts: list | None 
             ) from error
         if is_infinite:
             raise ValueError(
-                f"The reward function '{name}' returned {float(reward)} {where}. An infinite reward has no baseline, and one update "
+                f"The reward function '{name}' returned {float(reward)} {where}. A reward that is infinite in float32 has no baseline, and one update "
                 "with it would destroy the weights. Return a finite number, or `None` where a completion cannot be scored."
             )
     return rewards
