@@ -116,6 +116,11 @@ def check_adapter(config: PeftConfig):
             f"`init_lora_weights={init!r}` changes the weights under the adapter, but the model under the adapter is the reference "
             "of the KL penalties. Set it to True, 'gaussian' or 'eva'."
         )
+    if getattr(config, "kasa_config", None) is not None:
+        raise ValueError(
+            "`kasa_config` takes the smallest singular components out of the weights under the adapter, but the model under the adapter "
+            "is the reference of the KL penalties. Leave it out."
+        )
     bias = getattr(config, "bias", "none")
     if bias not in ("none", False, None):
         raise ValueError(
