@@ -458,7 +458,7 @@ def test_a_stage_of_an_own_schedule_is_refused_if_it_is_skipped_or_nothing():
 @pytest.mark.parametrize(("share", "max_steps", "message"), [
     (0.1, 4, r"`stage1_steps=0.1` rounds to none of the 4 steps, so Stage I would be left out"),
     (0.9, 4, r"`stage1_steps=0.9` rounds to all of the 4 steps, so Stage II would be left out"),
-    (0.5, 2, None), (0.1, 10, None), (0, 4, None), (4, 4, None), (9, 4, None), (1, 4, None), (0.5, 1, None),
+    (0.5, 2, None), (0.1, 10, None), (0, 4, None), (4, 4, None), (1, 4, None), (0.5, 1, None),
 ])  # fmt: skip
 def test_a_share_that_leaves_out_a_stage_is_refused(make_letters_trainer, share, max_steps, message):
     """A share asks for both stages; 0 and `max_steps` ask for one, and a run of a single step has one."""
@@ -475,6 +475,13 @@ def test_fewer_steps_than_attempts_to_train_are_warned_about():
         UserWarning, match=r"attempts 2 to 4 in turn, but `stage1_steps=2` gives it 2 of the 8 steps.*Set it to 3"
     ):
         check_stage1_steps(2, 8, num_attempts=4)
+
+
+def test_more_steps_of_stage_one_than_the_run_has_are_warned_about(make_letters_trainer, recwarn):
+    check_stage1_steps(4, 4)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="`stage1_steps=500` is more than the 4 steps of the run, so Stage II never"):
+        make_letters_trainer(stage1_steps=500, max_steps=-1, num_train_epochs=1)
 
 
 def test_a_share_of_epochs_is_checked_and_a_schedule_of_ones_own_is_not(make_letters_trainer, make_arithmetic_trainer):
@@ -497,6 +504,12 @@ def test_fewer_problems_than_a_generation_needs_are_refused(make_arithmetic_trai
     rows = stream(list(rows)) if is_streamed else rows
     with pytest.raises(ValueError, match=rf"`train_dataset` has {number} problems, but one generation takes"):
         make_arithmetic_trainer({"train_dataset": rows, "eval_dataset": None}, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
+def test_a_run_without_a_step_is_refused(make_letters_trainer, settings):
+    with pytest.raises(ValueError, match=r"`max_steps=.*` and `num_train_epochs=.*` leave no step to train"):
+        make_letters_trainer(**settings)
 
 
 def test_as_many_problems_as_a_generation_needs_train(make_arithmetic_trainer):
@@ -611,6 +624,19 @@ def test_no_end_token_anywhere_is_refused(make_arithmetic_trainer):
     tokenizer.eos_token = model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match=r"end-of-sequence token, so no attempt would end. Set `tokenizer.eos_token`"):
         make_arithmetic_trainer({"model": model, "processing_class": tokenizer})
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token"])
+def test_a_special_token_that_the_model_does_not_have_is_refused(make_arithmetic_trainer, name):
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL_PATH)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({name: "[NEW]"})
+    match = rf"`{name}` '\[NEW\]' has the id {size}, but the model has {size} tokens.*resize_token_embeddings"
+    with pytest.raises(ValueError, match=match):
+        make_arithmetic_trainer({"processing_class": tokenizer})
+    model = base_model()
+    model.resize_token_embeddings(len(tokenizer))
+    make_arithmetic_trainer({"processing_class": tokenizer, "model": model})
 
 
 def test_loading_options_reach_tokenizer_and_reference(make_arithmetic_trainer, tmp_path, monkeypatch):

@@ -172,6 +172,15 @@ def test_several_sets_have_names_of_their_own(make_arithmetic_trainer):
     assert (f"| step {step}, best eval_possible_accuracy_t1 |" in card) == (step < 2)
 
 
+def test_a_metric_of_no_evaluation_set_cannot_choose_the_best_model(make_arithmetic_trainer):
+    sets = {"easy": Arithmetic(num_test=8).load("test"), "hard": Arithmetic(num_test=8).load("test")}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "accuracy_t2"}
+    with pytest.raises(ValueError, match=r"does not say which of the evaluation sets .*: 'easy_accuracy_t2'"):
+        make_arithmetic_trainer({"eval_dataset": sets}, **settings)
+    make_arithmetic_trainer({"eval_dataset": sets}, **settings | {"metric_for_best_model": "hard_accuracy_t2"})
+    make_arithmetic_trainer(**settings)
+
+
 # Each problem once
 
 

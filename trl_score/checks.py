@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import get_callable_name
 
 from .objective import Stage, resolve_stage1_steps
@@ -69,6 +70,19 @@ def check_datasets(datasets: dict[str, Rows], args: SCoReConfig):
     if args.offline_first_attempts > 0:
         check_first_attempts(datasets["train_dataset"])
     check_number_of_problems(len(datasets["train_dataset"]), args)
+
+
+def check_best_metric(eval_dataset, args: SCoReConfig):
+    """Of several evaluation sets, one chooses the best checkpoint. transformers would stop at the first evaluation."""
+    metric = args.metric_for_best_model
+    if not (isinstance(eval_dataset, dict) and eval_dataset) or metric is None or args.eval_strategy == "no":
+        return
+    name = metric.removeprefix("eval_")
+    if not any(name.startswith(f"{each}_") for each in eval_dataset):
+        raise ValueError(
+            f"`metric_for_best_model={metric!r}` does not say which of the evaluation sets chooses the best checkpoint. Put the name of "
+            f"one of {', '.join(map(repr, eval_dataset))} in front: '{next(iter(eval_dataset))}_{name}'."
+        )
 
 
 def column_of(rows: Rows, name: str) -> Iterable:
@@ -181,6 +195,18 @@ def check_vocabulary(rows: Rows, size: int):
             )
 
 
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, size: int):
+    """The tokens that stand in every batch are of the model's vocabulary, which has `size` tokens."""
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id is not None and token_id >= size:
+            raise ValueError(
+                f"The tokenizer's `{name}` {getattr(tokenizer, name)!r} has the id {token_id}, but the model has {size} tokens: it was "
+                "added to the tokenizer alone. Set it to a token that the model knows, or load the model, call "
+                "`model.resize_token_embeddings(len(tokenizer))` and pass the model."
+            )
+
+
 def problems_needed(args: SCoReConfig) -> int:
     """Problems of one generation."""
     return args.generation_batch_size // args.num_generations
@@ -231,10 +257,20 @@ def length_of_run(num_problems: int | None, args: SCoReConfig) -> tuple[int, lis
     return max_steps, sorted(start for start in starts if start < max_steps)
 
 
+def check_number_of_steps(max_steps: int, args: SCoReConfig):
+    """A run, of which `max_steps` is [`length_of_run`], has a step. Else the untrained model would be saved as if it were trained."""
+    if max_steps < 1 or args.max_steps == 0:
+        raise ValueError(
+            f"`max_steps={args.max_steps}` and `num_train_epochs={args.num_train_epochs}` leave no step to train. Set `max_steps` to 1 or "
+            "more, or leave it out and set `num_train_epochs` above 0; streamed data need `max_steps`."
+        )
+
+
 def check_stage1_steps(stage1_steps: float, max_steps: int, num_attempts: int = 2):
     """
     A share of the run that is above 0 and below 1 asks for both stages, so it must not round to none or all of the steps. A run
-    of a single step is exempt, as it has one stage in any case. With fewer steps than attempts to train there is a warning.
+    of a single step is exempt, as it has one stage in any case. With fewer steps than attempts to train, or more than the run has,
+    there is a warning.
 
     Args:
         stage1_steps (`float`):
@@ -250,6 +286,12 @@ def check_stage1_steps(stage1_steps: float, max_steps: int, num_attempts: int = 
         raise ValueError(
             f"`stage1_steps={stage1_steps}` rounds to {number} of the {max_steps} steps, so {missing} would be left out. Set it to a "
             f"number of steps, to 0 for Stage II only, or to `max_steps` for Stage I only."
+        )
+    if steps > max_steps:
+        warnings.warn(
+            f"`stage1_steps={stage1_steps}` is more than the {max_steps} steps of the run, so Stage II never begins. Set it to a share of "
+            "the run, such as 0.5, or to fewer steps. If Stage I alone is meant, set it to `max_steps`.",
+            stacklevel=3,
         )
     if 0 < steps < min(num_attempts - 1, max_steps):
         warnings.warn(

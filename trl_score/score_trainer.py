@@ -38,10 +38,13 @@ from .batch import Batch
 from .callbacks import open_trackio
 from .checks import (
     Rows,
+    check_best_metric,
     check_datasets,
     check_log_probabilities,
+    check_number_of_steps,
     check_reward_functions,
     check_schedule,
+    check_special_tokens,
     check_stage1_steps,
     check_trainable,
     check_unsupported,
@@ -197,12 +200,14 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
             args.trust_remote_code = True  # of tokenizer, configuration and reference as well
         datasets = rows_to_check(train_dataset, eval_dataset, args)
         check_datasets(datasets, args)
+        check_best_metric(eval_dataset, args)
         if type(self)._calculate_rewards is GRPOTrainer._calculate_rewards:  # an override may call them in another way
             check_reward_functions(reward_funcs, datasets, args)
         if isinstance(train_dataset, IterableDataset) and args.world_size > 1 and train_dataset.num_shards > 1:
             train_dataset = in_one_shard(train_dataset)
         num_problems = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
         max_steps, generation_starts = length_of_run(num_problems, args)
+        check_number_of_steps(max_steps, args)
         if schedule is None:
             check_stage1_steps(args.stage1_steps, max_steps, args.num_attempts)
             schedule = partial(two_stages, stage1_steps=args.stage1_steps, num_attempts=args.num_attempts)
@@ -289,6 +294,7 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self.mask_truncated_completions = False
         # Training and evaluation can have different columns, so each has its table of completions.
         self._tables = {"train": self._logs, "eval": empty_table(self._logs)}
+        check_special_tokens(self._tokenizer, self.model.config.get_text_config().vocab_size)
         if args.offline_first_attempts > 0:
             check_vocabulary(datasets["train_dataset"], self.model.get_input_embeddings().num_embeddings)
         limit = context_limit(self.model.config, args)
