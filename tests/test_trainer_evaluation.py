@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from processes import ranks
 from test_distributed import WORKER
 from test_score_trainer import move, rollouts
@@ -225,6 +225,21 @@ def test_dropping_the_last_batch_is_for_training(make_arithmetic_trainer):
     for batch_size in (2, 8):
         trainer = make_arithmetic_trainer(num_test=3, per_device_eval_batch_size=batch_size, dataloader_drop_last=True)
         assert trainer.evaluate()["eval_num_problems"] == 3 and trainer.args.dataloader_drop_last
+        assert trainer.predict(trainer.eval_dataset).metrics["test_num_problems"] == 3
+
+
+def test_each_dataset_is_evaluated_itself(make_arithmetic_trainer):
+    """Also a stream in a prediction, and one dataset after another with workers that persist."""
+    rows = Arithmetic(num_test=5).load("test")
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_arithmetic_trainer(num_test=3, **options)
+    assert trainer.evaluate()["eval_num_problems"] == 3
+    assert trainer.evaluate(rows)["eval_num_problems"] == 5
+    assert trainer.predict(rows).metrics["test_num_problems"] == 5
+    assert trainer.evaluate()["eval_num_problems"] == 3
+    stream = IterableDataset.from_generator(lambda: iter(list(rows)))
+    trainer = make_arithmetic_trainer(num_generations_eval=2)
+    assert trainer.predict(stream).metrics["test_num_rollouts"] == 10
 
 
 def test_another_dataset_is_checked_when_it_is_evaluated(make_arithmetic_trainer):

@@ -46,8 +46,14 @@ class EvaluatingTrainer(GRPOTrainer):
         given = self.eval_dataset[given] if isinstance(given, str) else given
         if isinstance(given, IterableDataset) and self.accelerator.num_processes > 1:
             eval_dataset = Dataset.from_list(list(given))
+        # With `dataloader_persistent_workers` TRL keeps the loader of the first dataset, also for another one.
+        getattr(self, "_eval_dataloaders", {}).pop("eval", None)
         with temporarily(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """The one of an evaluation: a prediction is of the same problems, and of streamed data too."""
+        return self.get_eval_dataloader(test_dataset)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """TRL's, with the metrics of the rollouts in its result, under the prefix of the evaluation set."""
