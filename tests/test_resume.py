@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from processes import python, ranks
 from resume_worker import PROMPTS, make_trainer
 from safetensors.torch import load_file
@@ -333,3 +334,19 @@ def test_resume_on_several_processes(run, messages, letters_model, tmp_path):
     fewer = run(str(first), **settings)
     assert fewer.trainer.state.global_step == 5
     assert "`number of processes` is 1 instead of 2" in messages()[-1]
+
+
+@pytest.mark.parametrize("other", [{"lora_alpha": 64}, {"target_modules": ["v_proj"]}, {"r": 2}], ids=str)
+def test_another_adapter_than_the_checkpoints_is_refused(make_arithmetic_trainer, other):
+    """PEFT left out the weights of other modules with no more than a warning, so Stage II began with an untrained adapter."""
+
+    def make(**settings):
+        settings = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings
+        return make_arithmetic_trainer({"peft_config": LoraConfig(**settings)}, save_steps=1, max_steps=2)
+
+    make().train()
+    with pytest.raises(
+        ValueError, match=f"The adapter has `{next(iter(other))}=.* the resumed model would be another"
+    ):
+        make(**other).train(resume_from_checkpoint=True)
+    assert make(lora_dropout=0.1).train(resume_from_checkpoint=True).global_step == 2

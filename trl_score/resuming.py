@@ -20,6 +20,9 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -48,6 +51,11 @@ ROLLOUT_SETTINGS = (
     "use_vllm",
     "vllm_importance_sampling_correction",
 )
+# With another value of one of these, an adapter's weights are another model.
+ADAPTER_SETTINGS = (
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters"),
+    *("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices"),
+)
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -64,6 +72,7 @@ class ResumableTrainer(GRPOTrainer):
         arrange(self)
         if resume_from_checkpoint:
             resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            check_adapter_of_checkpoint(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if (folder := checkpoint_to_load(self.callback_handler.callbacks, self.args, self.state)) is not None:
             self.state.best_model_checkpoint = folder
@@ -125,6 +134,28 @@ def whole_checkpoint(checkpoint: "str | os.PathLike | bool", output_dir: "str | 
             f"`resume_from_checkpoint=True`, but '{output_dir}' holds no whole checkpoint. Leave it out to start a new run."
         )
     return str(folder)
+
+
+def check_adapter_of_checkpoint(model: nn.Module, checkpoint: str) -> None:
+    """
+    Raises:
+        `ValueError`: if the adapter of the model is another one than the checkpoint's. PEFT would leave out the weights of other modules,
+            and scale them by another `lora_alpha`.
+    """
+    if not (isinstance(model, PeftModel) and Path(checkpoint, CONFIG_NAME).exists()):
+        return
+    own, saved = model.peft_config["default"], PeftConfig.from_pretrained(checkpoint)
+    for name in ADAPTER_SETTINGS:
+        now, before = (_in_order(getattr(config, name, None)) for config in (own, saved))
+        if now != before:
+            raise ValueError(
+                f"The adapter has `{name}={now!r}`, but the one of the checkpoint '{checkpoint}' has {before!r}, so the resumed model "
+                "would be another one. Resume with the settings of the checkpoint, or start a new run."
+            )
+
+
+def _in_order(value):
+    return sorted(value) if isinstance(value, set | list | tuple) else value
 
 
 def last_whole_checkpoint(output_dir: "str | os.PathLike") -> Path | None:
