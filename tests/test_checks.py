@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -624,6 +625,14 @@ def test_no_end_token_anywhere_is_refused(make_arithmetic_trainer):
     tokenizer.eos_token = model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match=r"end-of-sequence token, so no attempt would end. Set `tokenizer.eos_token`"):
         make_arithmetic_trainer({"model": model, "processing_class": tokenizer})
+
+
+def test_stored_first_attempts_are_checked_under_an_adapter_of_the_embeddings(make_arithmetic_trainer):
+    lora = LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    for token, context in ((3, nullcontext()), (99, pytest.raises(ValueError, match="with the token id 99 in row 0"))):
+        rows = Arithmetic(num_train=8).load("train").add_column("first_attempts", [[[token]]] * 8)
+        with context:
+            make_arithmetic_trainer({"train_dataset": rows, "peft_config": lora}, offline_first_attempts=1.0)
 
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token"])

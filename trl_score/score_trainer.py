@@ -294,9 +294,10 @@ class SCoReTrainer(ResumableTrainer, EvaluatingTrainer):
         self.mask_truncated_completions = False
         # Training and evaluation can have different columns, so each has its table of completions.
         self._tables = {"train": self._logs, "eval": empty_table(self._logs)}
-        check_special_tokens(self._tokenizer, self.model.config.get_text_config().vocab_size)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        check_special_tokens(self._tokenizer, vocabulary)
         if args.offline_first_attempts > 0:
-            check_vocabulary(datasets["train_dataset"], self.model.get_input_embeddings().num_embeddings)
+            check_vocabulary(datasets["train_dataset"], vocabulary)
         limit = context_limit(self.model.config, args)
         self._context = ContextCheck(limit, self.max_completion_length, self._bridge)
         self._context.check_datasets(datasets, args, lambda prompts: self._tokenize_prompts(prompts)[0])
