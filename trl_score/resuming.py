@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -142,9 +142,10 @@ def check_adapter_of_checkpoint(model: nn.Module, checkpoint: str) -> None:
         `ValueError`: if the adapter of the model is another one than the checkpoint's. PEFT would leave out the weights of other modules,
             and scale them by another `lora_alpha`.
     """
-    if not (isinstance(model, PeftModel) and Path(checkpoint, CONFIG_NAME).exists()):
+    own = getattr(model, "peft_config", {}).get("default")  # the one that PEFT saves in the folder itself
+    if own is None or not Path(checkpoint, CONFIG_NAME).exists():
         return
-    own, saved = model.peft_config["default"], PeftConfig.from_pretrained(checkpoint)
+    saved = PeftConfig.from_pretrained(checkpoint)
     for name in ADAPTER_SETTINGS:
         now, before = (_in_order(getattr(config, name, None)) for config in (own, saved))
         if now != before:
