@@ -180,6 +180,21 @@ def test_skipping_no_data_drops_the_rollouts_in_progress(run, messages):
     assert [step for step, _ in resumed.seen] == [4]
 
 
+def test_settings_that_the_optimizer_brings_along_are_told(run, messages):
+    """The Trainer restores them with the moments, so another `learning_rate` would change nothing."""
+    first = run(max_steps=2, learning_rate=1e-3, weight_decay=0.1)
+    second = run(
+        first.checkpoint(2), max_steps=4, stage1_steps=1, learning_rate=1e-5, weight_decay=0.0, adam_beta2=0.9
+    )
+    told = [message for message in messages() if "the optimizer of the checkpoint" in message]
+    assert [message.partition(". ")[0] for message in told] == [
+        "`learning_rate` is 1e-05, but the optimizer of the checkpoint continues with 0.001",
+        "`weight_decay` is 0.0, but the optimizer of the checkpoint continues with 0.1",
+        "`betas of Adam` is (0.9, 0.9), but the optimizer of the checkpoint continues with (0.9, 0.999)",
+    ]
+    assert second.trainer.optimizer.param_groups[0]["initial_lr"] == 1e-3
+
+
 def test_longer_run_stays_in_stage_two(run, messages):
     """Half of four steps is Stage I. The boundary stays when the run is continued, also a second time."""
     first = run(max_steps=4, stage1_steps=0.5)

@@ -23,6 +23,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import nn
+from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -91,6 +92,16 @@ class ResumableTrainer(GRPOTrainer):
         )
         return start_run(self, max_steps, resume_from_checkpoint, *place)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        given = optimizer_settings(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for name, value in optimizer_settings(self.optimizer).items():
+            if value != given.get(name, value):
+                logger.warning(
+                    f"`{name}` is {given[name]}, but the optimizer of the checkpoint continues with {value}. To train with another one, "
+                    "start a new run from the model of the checkpoint."
+                )
+
     def _save_checkpoint(self, model, trial):
         save_run(self, Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
@@ -157,6 +168,18 @@ def check_adapter_of_checkpoint(model: nn.Module, checkpoint: str) -> None:
 
 def _in_order(value):
     return sorted(value) if isinstance(value, set | list | tuple) else value
+
+
+def optimizer_settings(optimizer: Optimizer | None) -> dict:
+    """The settings that an optimizer saves with its state, so that a resumed run has those of the checkpoint."""
+    names = {
+        "initial_lr": "learning_rate",
+        "weight_decay": "weight_decay",
+        "betas": "betas of Adam",
+        "eps": "adam_epsilon",
+    }
+    groups = getattr(optimizer, "param_groups", [])
+    return {name: group[key] for group in groups[:1] for key, name in names.items() if key in group}
 
 
 def last_whole_checkpoint(output_dir: "str | os.PathLike") -> Path | None:
