@@ -250,11 +250,14 @@ def test_options_of_the_card_repeat_the_run(make_adapter_trainer, tmp_path):
         "reward_weights": [0.5],
     }
     rare |= {"steps_per_generation": 2, "use_bias_correction_kl": True, "generation_kwargs": {"max_time": 60.0}}
+    decay = {"num_stable_steps": 1, "num_decay_steps": 1, "min_lr_ratio": 0.2}
+    rare |= {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
     adapter_trainer = make_adapter_trainer(**rare)
     adapter_trainer.eval_task = "gsm8k"
     adapter_trainer.train()
     adapter_trainer.create_model_card()
     text = (Path(adapter_trainer.args.output_dir) / "README.md").read_text()
+    assert "warmup_stable_decay (num_stable_steps=1, num_decay_steps=1, min_lr_ratio=0.2), 0 steps of warm-up" in text
     (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
     parser = TrlParser((TrainArguments, SCoReConfig, ModelConfig))
     command = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "again")]

@@ -320,6 +320,8 @@ def settings_of(trainer: "SCoReTrainer", base_model: str | None) -> dict[str, st
     if options := [f"{name}={getattr(config, name)}" for name in OPTIONS if _is_set(config, name)]:
         found["other options"] = ", ".join(options)
     schedule, warmup = _plain(config.lr_scheduler_type), f"{config.warmup_steps:g} steps of warm-up"
+    if config.lr_scheduler_kwargs:
+        schedule += f" ({', '.join(f'{name}={value}' for name, value in config.lr_scheduler_kwargs.items())})"
     found["learning rate, schedule"] = f"{config.learning_rate}, {schedule}, {warmup}"
     betas = f"betas {config.adam_beta1}, {config.adam_beta2}"
     found["optimizer"] = f"{_plain(config.optim)}, {betas}, weight decay {config.weight_decay}"
