@@ -234,12 +234,13 @@ def for_text(reward: Callable) -> Callable:
         if "solution" not in kwargs:
             return reward(messages, **kwargs)
         answers = kwargs.pop("solution")
-        rewards = reward(messages, solution=[_mathematics(answer) for answer in answers], **kwargs)
-        literal = [_mathematics(answer, as_it_stands=True) for answer in answers]
+        solutions = [_mathematics(answer) for answer in answers]
+        rewards = reward(messages, solution=solutions, **kwargs)
         # An attempt may have the marks too: 100° for 100°.
-        again = [i for i, each in enumerate(literal) if each != _mathematics(answers[i]) and not rewards[i]]
+        missed = {i: _mathematics(answers[i], as_it_stands=True) for i, found in enumerate(rewards) if not found}
+        again = {i: literal for i, literal in missed.items() if literal != solutions[i]}
         if again:
-            more = reward([messages[i] for i in again], solution=[literal[i] for i in again])
+            more = reward([messages[i] for i in again], solution=[*again.values()])
             for i, found in zip(again, more, strict=True):
                 rewards[i] = found or rewards[i]
         return rewards
