@@ -109,7 +109,7 @@ def test_train_is_launched_by_accelerate(tmp_path):
     short = ["--num_eval_problems", "8", "--save_strategy", "steps", "--keep_best_checkpoint"]
     short += ["--load_best_checkpoint_at_end", "--max_steps", "2", "--stage1_steps", "0.5", "--logging_steps", "1"]
     short += ["--per_device_train_batch_size", "16"]
-    done = run("train", "--num_processes", "1", "--task", "arithmetic", *short, "--output_dir", tmp_path)
+    done = run_imported("train", "--num_processes", "1", "--task", "arithmetic", *short, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8 held-out problems" in done.stdout and (tmp_path / "model.safetensors").exists()
     assert done.stdout.rstrip().endswith(str(tmp_path))

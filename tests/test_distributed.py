@@ -162,7 +162,7 @@ def test_attempts_are_generated_from_shards(tmp_path, backend, make_arithmetic_t
     attempts end at different lengths on the two processes.
     """
     settings = {"num_generations": 4, "per_device_train_batch_size": 4, "stage1_steps": 1, "max_steps": 2}
-    result, _ = run(tmp_path / "two", 2, backend, fresh=True, generated=True, **settings)
+    result, _ = run(tmp_path / "two", 2, backend, generated=True, **settings)
     assert [log["stage"] for log in result["logs"]] == [1, 2]
     assert len(result["evaluations"]) == 2
     for got, model in zip(result["evaluations"], (BASE_MODEL_PATH, tmp_path / "two" / "model"), strict=True):

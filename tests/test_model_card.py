@@ -349,23 +349,33 @@ class Hub:
         self.uploads.append(repository / "snapshots" / commit)
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_snippet_runs_unchanged_after_a_push(make_arithmetic_trainer, base_model, tmp_path, monkeypatch, adapter):
-    """The model goes to a stand-in for the Hub; another process runs the snippet of the card that it has there."""
+def test_snippet_runs_unchanged_after_a_push(make_arithmetic_trainer, base_model, tmp_path, monkeypatch):
+    """A model and an adapter go to a stand-in for the Hub; another process runs the snippets of the cards that it has there."""
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    lora = {"peft_config": LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])} if adapter else {}
-    trainer = make_arithmetic_trainer({"model": base_model, **lora}, max_steps=2, push_to_hub=True, save_strategy="no")
-    trainer.task = trainer.eval_task = "arithmetic"
-    trainer.train()
-    trainer.push_to_hub()
-    (pushed,) = hub.uploads
-    text = (pushed / "README.md").read_text()
-    assert 'model = "someone/run"' in text and (pushed / "images" / "training.png").exists()
-    assert not list(pushed.glob("checkpoint-*")) and str(tmp_path) not in text
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    lora = {"peft_config": LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])}
+    snippets, expected = [], []
+    for name, more in (("whole", {}), ("adapter", lora)):
+        trainer = make_arithmetic_trainer(
+            {"model": base_model, **more},
+            max_steps=2,
+            push_to_hub=True,
+            output_dir=str(tmp_path / name),
+            save_strategy="no",
+        )
+        trainer.task = trainer.eval_task = "arithmetic"
+        trainer.train()
+        trainer.push_to_hub()
+        pushed = hub.uploads[-1]
+        text = (pushed / "README.md").read_text()
+        assert f'model = "someone/{name}"' in text and (pushed / "images" / "training.png").exists()
+        assert not list(pushed.glob("checkpoint-*")) and str(tmp_path) not in text
+        snippets += re.findall(r"```python\n(.*?)```", text, re.S)
+        expected += trainer.generate_attempts([[{"role": "user", "content": "3 0 5 0 9 1"}]])
+    assert len(hub.uploads) == len(snippets) == 2
+    code = f"for snippet in {snippets!r}: exec(snippet, {{}})"
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    expected = trainer.generate_attempts([[{"role": "user", "content": "3 0 5 0 9 1"}]])[0]
-    assert run.stdout.splitlines() == [f"attempt {k}: {attempt}" for k, attempt in enumerate(expected, start=1)]
+    lines = [f"attempt {k}: {attempt}" for attempts in expected for k, attempt in enumerate(attempts, start=1)]
+    assert run.stdout.splitlines() == lines
