@@ -317,6 +317,13 @@ def test_capital_letters_are_others_where_the_problem_has_both(problem, gold, ri
         ("The answer is not $17$, but rather $18$.", "18", "17"),
         ("The answer is not 17 but more than 18.", "", "18"),
         ("Ans: 12", "12", "1"),
+        (r"The answer is $11,\! 111,\! 100$. It is large.", "11111100", "11"),
+        ("That gives the speed.\n\n5 meters per second", "5", "2"),
+        ("She earns\n$12 per hour", "12", "1"),
+        ("We add.\n$5 + 3", "", "8"),  # a formula that is cut off
+        ("The answer is that there is no solution.", r"\emptyset", "0"),
+        (r"\boxed{\text{No real solutions}}", r"\emptyset", "0"),
+        (r"\boxed{\varnothing}", r"\text{no solution}", r"\text{no}"),
         ("Ans. 12", "12", "1"),
         ("The answer is 12 (apples).", "12", "1"),
         ("The answer is 12 (or 13).", "", "12"),

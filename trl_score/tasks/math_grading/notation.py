@@ -167,6 +167,11 @@ LEAD = re.compile(
     re.IGNORECASE,
 )
 
+NO_SOLUTION = re.compile(
+    r"^(?:\\(?:text|mathrm|mbox)\s*\{)?\s*(?:no (?:real )?solutions?(?: exists?)?|(?:the )?empty set)[\s.}]*$",
+    re.IGNORECASE,
+)
+
 
 def _call_to_braces(latex: str) -> str:
     """`sqrt(..)` with any brackets inside becomes `\\sqrt{..}`."""
@@ -195,6 +200,7 @@ def notation(answer: str) -> str:
         r"\\mathbb{R}",
         text,
     )
+    text = NO_SOLUTION.sub(r"\\emptyset ", text)
     for pattern, rewritten in REWRITES:
         text = pattern.sub(rewritten, text)
     return _call_to_braces(text).strip()

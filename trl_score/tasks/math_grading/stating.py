@@ -36,7 +36,7 @@ IS_THE_ANSWER = re.compile(  # the other way round: "$x < 2$ is our answer"
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(
-    r"(?=</answer>)|(?<![ap]\.m)(?<!\bvs)[.!?](?=[*_\"')]*(?:\s|$))|(?<=[.!?]\$)(?=\s)|(?<=[.!?]\\\))(?=\s)",
+    r"(?=</answer>)|(?<![ap]\.m)(?<!\bvs)(?<!\\)[.!?](?=[*_\"')]*(?:\s|$))|(?<=[.!?]\$)(?=\s)|(?<=[.!?]\\\))(?=\s)",
     re.IGNORECASE,
 )
 REASON = re.compile(
@@ -54,16 +54,17 @@ DIRECT = re.compile(  # begins with a number, a formula or a letter: "5 cm", not
     r"[\W_]*(?:(?:about|approximately|exactly|only|just|simply|either|both|equal to)\s+)?[\W_]*"
     r"(?:\d|[$\\]|\(?[a-zA-Z]\)?(?:\s*[-=^_(+*/]|\s*$)|[A-Z]{2,3}\b|\([A-J]\)\s|[A-J][).:]\s)"
 )
+UNIT_WORDS = r"(?:\s+[a-zA-Z]+){0,2}(?:\s+per\s+[a-zA-Z]+)?"
 BARE = re.compile(  # a line that is nothing but an answer, after the marks around it are gone
     r"(?:(?:[a-zA-Z]|\\[a-z]+|[a-zA-Z]\([a-z]\))(?:_\{?\w+\}?)?\s*(?:=|\\in\b)\s*)?"  # x =
-    r"(?:[-+]?[$€£]?\s?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s*(?:%|\\%|°|[$€£])?(?:\s+[a-zA-Z]+){0,2}"  # 5, 5 apples
+    rf"(?:[-+]?[$€£]?\s?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s*(?:%|\\%|°|[$€£])?{UNIT_WORDS}"  # 5, 5 apples
     r"|(?=[^=]*$)(?:\\(?:begin|end)\{\w+\}|\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?!\\?[a-zA-Z]{2})[^=])++"  # a formula
     r"|\(?[A-Z]\)?|[A-Za-z]{2,20})"
 )
 FORMULA = re.compile(r"\$\$?[^$]+\$\$?|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]", re.DOTALL)
 DISPLAY = re.compile(r"(?:\\\[|\$\$)((?:(?!\\\[|\$\$)[\s\S]){1,400}?)(?:\\\]|\$\$)\W{0,3}$")  # at the end
 NUMBERED = re.compile(r"\d{1,2}[.)]")  # of a list that has just begun its next point
-MONEY = re.compile(r"[-+]?\$?\d[\d,.]*\$?")
+MONEY = re.compile(rf"[-+]?\$?\d[\d,.]*\$?{UNIT_WORDS}")
 MONEY_SIGN = re.compile(r"(?<![\\$\w])\$(?=-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![\w\\^_{$]))|(?<=\d)\$(?![\w\\$])")
 TAGGED = re.compile(r"<answer>((?:(?!</?answer>)[\s\S]){1,1000})</answer>", re.IGNORECASE)
 BULLET = re.compile(r"\s*[-*•]\s+")  # of a list, here of one point
