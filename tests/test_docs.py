@@ -129,7 +129,7 @@ def small(tmp_path, monkeypatch, chat_model):
     monkeypatch.setattr(GSM8K, "reward", lambda self, completions, **kwargs: [1.0] * len(completions))
     run = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2, "gradient_accumulation_steps": 1}
     run |= {"max_completion_length": 8, "logging_steps": 1, "eval_strategy": "no", "report_to": "none"}
-    run |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    run |= {"gradient_checkpointing": False}
     sample = {"max_completion_length": 8, "limit": 4}
 
     def limited(function, **limits):
@@ -138,7 +138,8 @@ def small(tmp_path, monkeypatch, chat_model):
     def config(*args, **kwargs):
         if kwargs.get("stage1_steps"):
             kwargs["stage1_steps"] = 1
-        return SCoReConfig(*args, **kwargs | run)
+        on_gpu = {} if "bf16" in kwargs else {"use_cpu": True, "bf16": False}
+        return SCoReConfig(*args, **kwargs | run | on_gpu)
 
     monkeypatch.setattr(trl_score, "SCoReConfig", config, raising=False)
     evaluate, scale = trl_score.evaluate_self_correction, trl_score.inference_scaling
@@ -156,6 +157,7 @@ def test_code_of_a_page_runs_from_top_to_bottom(page, small, make_arithmetic_tra
     if "trainer" in PAGES[page]:  # of a run that the page is not about: only the calls are checked
         namespace["trainer"] = create_autospec(SCoReTrainer, instance=True)
     text = (ROOT / "docs" / page).read_text()
+    assert "BASE_MODEL_PATH" not in text or "bf16=False" in text  # the embedded model trains on any CPU
     if "given" in PAGES[page]:
         task = Arithmetic(num_train=8)
         config = trl_score.SCoReConfig("outputs/given", correction_instruction=task.correction_instruction)

@@ -51,9 +51,9 @@ class SCoReConfig(GRPOConfig):
             Number of attempts in a rollout. `max_completion_length` holds for each of them. With 1 this is single-attempt RL,
             the paper's ablation (Section 6.3), which has no Stage I.
         correction_instruction (`str`, *optional*):
-            The user's turn between two attempts (Appendix C). It must not say whether the attempt was right. By default it is
-            the instruction of the task that is trained on, or the paper's instruction for MATH if there is no task. A dataset
-            column of the same name overrides it row by row.
+            The user's turn between two attempts (Appendix C). It must not say whether the attempt was right. `trl-score
+            train` takes that of the task by default. Otherwise the default is the paper's instruction for MATH, so pass
+            `task.correction_instruction` for another task. A dataset column of the same name overrides it row by row.
         offline_first_attempts (`float`, *optional*, defaults to `0.0`):
             Share of the rollouts of each problem whose first attempt is drawn from the dataset's column `first_attempts`
             instead of the policy (Section 5.3). The column has lists of texts or of token ids, sampled from the base model.
@@ -68,13 +68,13 @@ class SCoReConfig(GRPOConfig):
 
         stage1_steps (`float`, *optional*, defaults to `0.5`):
             Number of optimizer steps of Stage I, or their share of `max_steps` if below 1. With 0 there is only Stage II, and
-            with `max_steps` or more only Stage I. The float 1.0 is refused, because it can mean one step or the whole run; the
-            integer 1 is one step. With more than two attempts, Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
+            with `max_steps` or more only Stage I. The float 1.0 (also a 1 on the command line) is refused, because it can mean
+            one step or the whole run; the integer 1 is one step. With more than two attempts, Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
         alpha (`float`, *optional*, defaults to `10.0`):
             Weight of the bonus that Stage II adds for improving on the previous attempt (Section 5.2). With 0 there is no
             bonus.
         gamma (`float`, *optional*, defaults to `0.0`):
-            Discount between attempts, from 0 to 1. Above 0, an attempt is also credited with the rewards of later attempts. In
+            Discount between attempts, from 0 to 1. Above 0, an attempt is also credited with the credits of later attempts. In
             the paper, training then collapses to not correcting (Appendix A.4).
         beta (`float`, *optional*, defaults to `0.01`):
             Weight of the KL penalty to the reference model on every attempt in both stages, $\beta_1$ (Eq. 2).
@@ -168,8 +168,8 @@ class SCoReConfig(GRPOConfig):
     correction_instruction: str | None = field(
         default=None,
         metadata={
-            "help": "The user's turn between two attempts (Appendix C). By default it is the instruction of the task, or the "
-            "paper's instruction for MATH if there is no task. A dataset column of the same name overrides it row by row."
+            "help": "The user's turn between two attempts (Appendix C). `trl-score train` takes that of the task by default. "
+            "Otherwise it is the paper's instruction for MATH. A dataset column of the same name overrides it row by row."
         },
     )
     reuse_cache: bool = field(
@@ -196,7 +196,7 @@ class SCoReConfig(GRPOConfig):
     gamma: float = field(
         default=0.0,
         metadata={
-            "help": "Discount between attempts, from 0 to 1. Above 0, an attempt is also credited with the rewards of later "
+            "help": "Discount between attempts, from 0 to 1. Above 0, an attempt is also credited with the credits of later "
             "attempts (Appendix A.4)."
         },
     )
