@@ -138,8 +138,8 @@ def small(tmp_path, monkeypatch, chat_model):
     def config(*args, **kwargs):
         if kwargs.get("stage1_steps"):
             kwargs["stage1_steps"] = 1
-        on_gpu = {} if "bf16" in kwargs else {"use_cpu": True, "bf16": False}
-        return SCoReConfig(*args, **kwargs | run | on_gpu)
+        without_gpu = {} if "bf16" in kwargs else {"use_cpu": True, "bf16": False}
+        return SCoReConfig(*args, **kwargs | run | without_gpu)
 
     monkeypatch.setattr(trl_score, "SCoReConfig", config, raising=False)
     evaluate, scale = trl_score.evaluate_self_correction, trl_score.inference_scaling

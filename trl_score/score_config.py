@@ -69,7 +69,8 @@ class SCoReConfig(GRPOConfig):
         stage1_steps (`float`, *optional*, defaults to `0.5`):
             Number of optimizer steps of Stage I, or their share of `max_steps` if below 1. With 0 there is only Stage II, and
             with `max_steps` or more only Stage I. The float 1.0 (also a 1 on the command line) is refused, because it can mean
-            one step or the whole run; the integer 1 is one step. With more than two attempts, Stage I trains the attempts 2, 3, .. in turn (Appendix A.1).
+            one step or the whole run; the integer 1 is one step. With more than two attempts, Stage I trains the attempts 2, 3, ..
+            in turn (Appendix A.1).
         alpha (`float`, *optional*, defaults to `10.0`):
             Weight of the bonus that Stage II adds for improving on the previous attempt (Section 5.2). With 0 there is no
             bonus.
