@@ -88,6 +88,10 @@ def _percent(match: re.Match) -> str:
 
 
 REWRITES = [
+    # words
+    (re.compile(r"(?i)\\text\s*\{\s*(?:all )?real(?: number)?s\s*\}|\b(?:all )?real numbers\b|\ball reals\b"), r"\\mathbb{R}"),
+    (re.compile(r"(?i)^(?:\\(?:text|mathrm|mbox)\s*\{)?\s*(?:no (?:real )?solutions?(?: exists?)?|(?:the )?empty set)[\s.}]*$"), r"\\emptyset "),
+    # LaTeX
     (re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|ex|em|mm|cm)\s*\]"), r"\\\\"),  # of a matrix
     (re.compile(r"\\(?:text|mathrm)\s*\{\s*\\?\$\s*\}"), ""),
     (re.compile(r"\\degree(?![a-zA-Z])"), r"^\\circ "),
@@ -167,11 +171,6 @@ LEAD = re.compile(
     re.IGNORECASE,
 )
 
-NO_SOLUTION = re.compile(
-    r"^(?:\\(?:text|mathrm|mbox)\s*\{)?\s*(?:no (?:real )?solutions?(?: exists?)?|(?:the )?empty set)[\s.}]*$",
-    re.IGNORECASE,
-)
-
 
 def _call_to_braces(latex: str) -> str:
     """`sqrt(..)` with any brackets inside becomes `\\sqrt{..}`."""
@@ -195,12 +194,6 @@ def notation(answer: str) -> str:
     text = ENDS.sub("", " ".join(MATH_MARKS.sub(" ", text).split())).strip()
     for _ in range(3):
         text = LEAD.sub("", text)
-    text = re.sub(
-        r"(?i)\\text\s*\{\s*(?:all )?real(?: number)?s\s*\}|\b(?:all )?real numbers\b|\ball reals\b",
-        r"\\mathbb{R}",
-        text,
-    )
-    text = NO_SOLUTION.sub(r"\\emptyset ", text)
     for pattern, rewritten in REWRITES:
         text = pattern.sub(rewritten, text)
     return _call_to_braces(text).strip()
