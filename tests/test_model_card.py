@@ -370,9 +370,10 @@ def test_snippet_runs_unchanged_after_a_push(make_arithmetic_trainer, base_model
         text = (pushed / "README.md").read_text()
         assert f'model = "someone/{name}"' in text and (pushed / "images" / "training.png").exists()
         assert not list(pushed.glob("checkpoint-*")) and str(tmp_path) not in text
-        snippets += re.findall(r"```python\n(.*?)```", text, re.S)
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+        snippets.append(code)
         expected += trainer.generate_attempts([[{"role": "user", "content": "3 0 5 0 9 1"}]])
-    assert len(hub.uploads) == len(snippets) == 2
+    assert len(hub.uploads) == 2
     code = f"for snippet in {snippets!r}: exec(snippet, {{}})"
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -690,7 +690,7 @@ def test_a_worker_that_dies_is_replaced(any_sandbox):
     assert all(verdict.passed for verdict in verdicts)
 
 
-@pytest.mark.parametrize("runs", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_nothing_is_left_behind(runs, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     (tmp_path / "here").mkdir()
